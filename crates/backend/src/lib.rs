@@ -1,0 +1,26 @@
+//! The one seam between the model and a device.
+//!
+//! `model` writes the forward pass once against [`Backend`]; a device crate (`cpu`, `cuda`) implements it. The trait is
+//! op-level and fused where fusing pays (residual add + norm, rotation + cache write), and nothing below that.
+//!
+//! Invariant: this crate implements no device and knows no model, no file format and no request. It holds only what both
+//! sides must agree on: host tensors, the KV layout, rotation tables, the inputs of one step, sampling rows.
+#![forbid(unsafe_code)]
+
+mod collective;
+mod error;
+mod host;
+mod kv;
+mod ops;
+mod rope;
+mod sampling;
+mod step;
+
+pub use collective::{Collective, Single};
+pub use error::{Error, Result};
+pub use host::{DType, HostTensor};
+pub use kv::KvLayout;
+pub use ops::{Backend, ExpertWeights, Linear, MoeWeights, SharedExpert};
+pub use rope::{Chunking, KeySegment, RopeTables};
+pub use sampling::{Sampled, SamplingRow, SeenToken, uniform};
+pub use step::{SequenceInputs, StepInputs};

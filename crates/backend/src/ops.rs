@@ -1,0 +1,198 @@
+use crate::{HostTensor, KvLayout, Result, RopeTables, Sampled, SamplingRow, StepInputs};
+
+/// A linear layer: `y = x · weightᵀ + bias`.
+#[derive(Debug)]
+pub struct Linear<B: Backend + ?Sized> {
+    /// `[out, in]` in the backend's packing.
+    pub weight: B::Matrix,
+    /// `[out]`.
+    pub bias: Option<B::Vector>,
+}
+
+/// The shared expert of a mixture-of-experts layer.
+#[derive(Debug)]
+pub struct SharedExpert<B: Backend + ?Sized> {
+    /// `[2 * intermediate, hidden]`: gate rows, then up rows.
+    pub gate_up: B::Matrix,
+    /// `[hidden, intermediate]`.
+    pub down: B::Matrix,
+    /// `[1, hidden]`: its sigmoid weighs the expert's output.
+    pub gate: B::Matrix,
+}
+
+/// Weights and routing of a mixture-of-experts layer (`specs/qwen2.md` §3.2).
+#[derive(Debug)]
+pub struct MoeWeights<B: Backend + ?Sized> {
+    /// `[experts, hidden]`.
+    pub router: B::Matrix,
+    /// All experts.
+    pub experts: B::Experts,
+    /// Experts a token visits.
+    pub top_k: usize,
+    /// Whether the chosen weights are divided by their sum.
+    pub norm_topk_prob: bool,
+    /// The expert every token visits.
+    pub shared: Option<SharedExpert<B>>,
+}
+
+/// One expert on its way to the device.
+#[derive(Debug)]
+pub struct ExpertWeights<'a> {
+    /// gate `[intermediate, hidden]`.
+    pub gate: HostTensor<'a>,
+    /// up `[intermediate, hidden]`.
+    pub up: HostTensor<'a>,
+    /// down `[hidden, intermediate]`.
+    pub down: HostTensor<'a>,
+}
+
+/// What the forward pass needs from a device. The law of this crate (DESIGN.md §3).
+///
+/// Tensors are row-major `[rows, cols]` activations of the current step. Weights live as long as the model. All ops of a
+/// step run in call order; a device may queue them and return early.
+pub trait Backend {
+    /// An activation of the current step.
+    type Tensor;
+    /// A weight matrix `[out, in]` in the device's packing. Cloning shares it.
+    type Matrix: Clone;
+    /// A weight vector.
+    type Vector;
+    /// All experts of one layer.
+    type Experts;
+    /// Rotation tables on the device.
+    type Rope;
+    /// Paged K and V of all layers.
+    type KvCache;
+    /// The inputs of one step on the device.
+    type Step;
+
+    /// Moves a matrix to the device; `parts` are stacked by rows (q, k, v; gate, up).
+    ///
+    /// # Errors
+    /// Parts of different widths, an unsupported dtype, or no memory.
+    fn matrix(&self, parts: Vec<HostTensor<'_>>) -> Result<Self::Matrix>;
+
+    /// Moves a vector to the device; `parts` are concatenated.
+    ///
+    /// # Errors
+    /// As [`Backend::matrix`].
+    fn vector(&self, parts: Vec<HostTensor<'_>>) -> Result<Self::Vector>;
+
+    /// Moves `count` experts to the device, asking `load` for one at a time.
+    ///
+    /// # Errors
+    /// Those of `load`, and as [`Backend::matrix`].
+    fn experts<'a>(
+        &self,
+        count: usize,
+        load: &mut dyn FnMut(usize) -> Result<ExpertWeights<'a>>,
+    ) -> Result<Self::Experts>;
+
+    /// Moves the rotation tables to the device.
+    ///
+    /// # Errors
+    /// No memory.
+    fn rope(&self, tables: RopeTables) -> Result<Self::Rope>;
+
+    /// Takes the memory of the KV pool.
+    ///
+    /// # Errors
+    /// No memory, or an unsupported dtype.
+    fn kv_cache(&self, layout: KvLayout) -> Result<Self::KvCache>;
+
+    /// Starts a step: checks the plan against the pool and hands its integers to the device.
+    ///
+    /// # Errors
+    /// An inconsistent plan ([`StepInputs::check`]).
+    fn begin_step(&self, inputs: StepInputs, kv: &Self::KvCache) -> Result<Self::Step>;
+
+    /// Rows of `table` (`[vocab, hidden]`) for the step's ids: `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// An id outside the table.
+    fn embed(&self, table: &Self::Matrix, step: &Self::Step) -> Result<Self::Tensor>;
+
+    /// `residual += x` (or `= x` when there is none yet), `normed = residual / rms(residual) * weight`.
+    /// Returns `(normed, residual)`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn add_rms_norm(
+        &self,
+        x: Self::Tensor,
+        residual: Option<Self::Tensor>,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+
+    /// `x · weightᵀ + bias`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn linear(&self, x: &Self::Tensor, linear: &Linear<Self>) -> Result<Self::Tensor>;
+
+    /// Splits `qkv` (`[rows, (query_heads + 2 * kv_heads) * head_dim]`), rotates k at its cache position, writes k and v to
+    /// their blocks and returns the **unrotated** q `[rows, query_heads * head_dim]`: its rotation depends on the key.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, a position beyond the tables.
+    fn rope_and_cache(
+        &self,
+        qkv: Self::Tensor,
+        rope: &Self::Rope,
+        step: &Self::Step,
+        kv: &mut Self::KvCache,
+        layer: usize,
+    ) -> Result<Self::Tensor>;
+
+    /// Causal attention over the paged cache for all rows of the step: GQA, plain or dual-chunk positions, prefill and
+    /// decode rows mixed, logits times the row's scale, one softmax. `[rows, query_heads * head_dim]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, a position beyond the tables.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        rope: &Self::Rope,
+        step: &Self::Step,
+        kv: &Self::KvCache,
+        layer: usize,
+    ) -> Result<Self::Tensor>;
+
+    /// The gated half of a dense MLP: `silu(x · gateᵀ) * (x · upᵀ)` for `gate_up` = gate rows stacked on up rows
+    /// (`[2 * n, hidden]`): `[rows, n]`. One op, since the `[rows, 2 * n]` in between is the widest tensor of a layer.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, an odd number of rows of `gate_up`.
+    fn linear_silu_and_mul(&self, x: &Self::Tensor, gate_up: &Self::Matrix) -> Result<Self::Tensor>;
+
+    /// The mixture-of-experts block: router, chosen experts, shared expert.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn moe(&self, x: &Self::Tensor, weights: &MoeWeights<Self>) -> Result<Self::Tensor>;
+
+    /// Sum over the ranks of the tensor-parallel group; the identity on one rank.
+    ///
+    /// # Errors
+    /// A rank that failed.
+    fn all_reduce(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// The rows whose logits the step wants: `[logit_rows, cols]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn logit_rows(&self, x: &Self::Tensor, step: &Self::Step) -> Result<Self::Tensor>;
+
+    /// Copies an activation to the host, row-major.
+    ///
+    /// # Errors
+    /// The device's.
+    fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Draws one token per row of `logits` (`[rows, vocab]`).
+    ///
+    /// # Errors
+    /// [`crate::Error::NotFinite`] for a row with NaN or infinite logits.
+    fn sample(&self, logits: &Self::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>>;
+}

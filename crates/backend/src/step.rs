@@ -1,0 +1,136 @@
+use crate::{Error, KvLayout, Result};
+
+/// The rows of one sequence in a step: a prefill chunk (`rows > 1`) or a decode row (`rows == 1`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SequenceInputs {
+    /// Rows of this sequence in the step; they follow each other in [`StepInputs::ids`].
+    pub rows: usize,
+    /// Tokens of the sequence in the KV cache once this step has written its rows.
+    pub kv_len: usize,
+    /// KV blocks of the sequence, in order of position; at least `kv_len` tokens long.
+    pub block_table: Vec<u32>,
+}
+
+impl SequenceInputs {
+    /// Absolute position of the first row.
+    pub fn first_position(&self) -> usize {
+        self.kv_len - self.rows
+    }
+}
+
+/// The integers of one step: what a device needs beside the weights. Prefill chunks and decode rows mix freely.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepInputs {
+    /// Token ids, `[rows]`.
+    pub ids: Vec<u32>,
+    /// fp32 factor on `q·k` per row, `[rows]`: `head_dim^-0.5` times the squared temperature (DESIGN.md §4).
+    pub logit_scales: Vec<f32>,
+    /// The sequences in row order.
+    pub sequences: Vec<SequenceInputs>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<usize>,
+}
+
+impl StepInputs {
+    /// Rows of the step.
+    pub fn rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Absolute position of every row, `[rows]`.
+    pub fn positions(&self) -> Vec<u32> {
+        self.sequences.iter().flat_map(|s| s.first_position() as u32..s.kv_len as u32).collect()
+    }
+
+    /// Checks that the plan is consistent in itself and with the KV pool, so that devices need not.
+    ///
+    /// # Errors
+    /// [`Error::Step`] naming what contradicts what.
+    pub fn check(&self, layout: &KvLayout) -> Result<()> {
+        let fail = |message: String| Err(Error::Step(message));
+        let rows: usize = self.sequences.iter().map(|s| s.rows).sum();
+        if rows == 0 {
+            return fail("a step needs at least one row".into());
+        }
+        if rows != self.ids.len() || rows != self.logit_scales.len() {
+            return fail(format!(
+                "sequences hold {rows} rows, but there are {} ids and {} logit scales",
+                self.ids.len(),
+                self.logit_scales.len()
+            ));
+        }
+        for (index, s) in self.sequences.iter().enumerate() {
+            if s.rows == 0 || s.rows > s.kv_len || s.kv_len > u32::MAX as usize {
+                return fail(format!("sequence {index}: {} rows end at length {}", s.rows, s.kv_len));
+            }
+            if s.block_table.len() < layout.blocks_for(s.kv_len) {
+                return fail(format!(
+                    "sequence {index}: {} blocks of {} tokens cannot hold {} tokens",
+                    s.block_table.len(),
+                    layout.block_size,
+                    s.kv_len
+                ));
+            }
+            if let Some(block) = s.block_table.iter().find(|&&b| b as usize >= layout.blocks) {
+                return fail(format!("sequence {index}: block {block} is not in the pool of {}", layout.blocks));
+            }
+        }
+        if self.logit_rows.iter().any(|&r| r >= rows) || !self.logit_rows.is_sorted() {
+            return fail(format!("logit rows {:?} are not ascending rows below {rows}", self.logit_rows));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    const LAYOUT: KvLayout = KvLayout {
+        layers: 1,
+        query_heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+        block_size: 16,
+        blocks: 3,
+        dtype: DType::F32,
+    };
+
+    fn step() -> StepInputs {
+        StepInputs {
+            ids: vec![5, 6, 7],
+            logit_scales: vec![1.0; 3],
+            sequences: vec![
+                SequenceInputs { rows: 2, kv_len: 18, block_table: vec![0, 2] },
+                SequenceInputs { rows: 1, kv_len: 1, block_table: vec![1] },
+            ],
+            logit_rows: vec![1, 2],
+        }
+    }
+
+    #[test]
+    fn positions_follow_the_sequences() {
+        assert_eq!(step().positions(), [16, 17, 0]);
+        step().check(&LAYOUT).unwrap();
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let cases: [(fn(&mut StepInputs), &str); 7] = [
+            (|s| s.ids.push(1), "4 ids"),
+            (|s| s.logit_scales.clear(), "0 logit scales"),
+            (|s| s.sequences[0].kv_len = 1, "2 rows end at length 1"),
+            (|s| s.sequences[0].block_table.truncate(1), "cannot hold 18 tokens"),
+            (|s| s.sequences[1].block_table[0] = 3, "block 3 is not in the pool of 3"),
+            (|s| s.logit_rows = vec![3], "logit rows"),
+            (|s| *s = StepInputs::default(), "at least one row"),
+        ];
+        for (break_it, expected) in cases {
+            let mut broken = step();
+            break_it(&mut broken);
+            let error = broken.check(&LAYOUT).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error} lacks {expected}");
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Measurements of a loaded engine, each printed beside the limit it is a fraction of.
+#![forbid(unsafe_code)]
+
+mod bandwidth;
+mod latency;
+
+pub use bandwidth::copy_bandwidth;
+pub use latency::{LatencyConfig, LatencyReport, Spread, latency};

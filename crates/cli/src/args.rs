@@ -1,0 +1,365 @@
+//! Arguments of every command.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use longhaul_engine::{Device, EngineError, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams};
+
+/// Serves the Qwen2 family with exact long context.
+#[derive(Debug, Parser)]
+#[command(name = "longhaul", version, about, arg_required_else_help = true, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Ask(AskArgs),
+    Bench(BenchArgs),
+    Chat(ChatArgs),
+    Detokenize(DetokenizeArgs),
+    Generate(GenerateArgs),
+    Logits(LogitsArgs),
+    Models(ModelsArgs),
+    Tokenize(TokenizeArgs),
+}
+
+/// Which model, and how it is loaded.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// demo (embedded), a directory, a hub id (org/name), or a family name such as qwen2-7b
+    #[arg(long, default_value = "demo", value_name = "NAME|DIR")]
+    pub model: String,
+    /// dummy: random weights from a seed, no files needed
+    #[arg(long, value_enum, default_value_t = LoadFormatArg::Auto)]
+    pub load_format: LoadFormatArg,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+    /// Precision of matrix products; auto is float32, bfloat16 rounds activations and is faster on CPUs with bf16 dot products
+    #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
+    pub dtype: DTypeArg,
+    /// CPU threads; 0 = all cores
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub threads: usize,
+    /// Tokens of prompt and output that fit, such as 131072 or 128k [default: what the checkpoint says]
+    #[arg(long, value_parser = token_count, value_name = "TOKENS")]
+    pub max_model_len: Option<usize>,
+    /// How to read beyond the trained window: dca, yarn or none [default: what the checkpoint says, else dca as soon as
+    /// the context exceeds the window]
+    #[arg(long, value_name = "dca|yarn|none")]
+    pub long_context: Option<LongContext>,
+    /// Never use the network
+    #[arg(long, env = "LONGHAUL_OFFLINE")]
+    pub offline: bool,
+    /// Seed of dummy weights
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub dummy_seed: u64,
+}
+
+impl ModelArgs {
+    /// The loader that these arguments describe.
+    ///
+    /// # Errors
+    /// A model name that means nothing.
+    pub fn loader(&self) -> Result<Loader, EngineError> {
+        Ok(Loader {
+            model: ModelRef::parse(&self.model)?,
+            load_format: match self.load_format {
+                LoadFormatArg::Auto => LoadFormat::Auto,
+                LoadFormatArg::Dummy => LoadFormat::Dummy,
+            },
+            device: match self.device {
+                DeviceArg::Auto => Device::Auto,
+                DeviceArg::Cpu => Device::Cpu,
+            },
+            precision: match self.dtype {
+                DTypeArg::Auto | DTypeArg::Float32 => Precision::F32,
+                DTypeArg::Bfloat16 => Precision::Bf16,
+            },
+            threads: self.threads,
+            max_model_len: self.max_model_len,
+            long_context: self.long_context,
+            dummy_seed: self.dummy_seed,
+            offline: self.offline,
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormatArg {
+    Auto,
+    Dummy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    Auto,
+    Cpu,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DTypeArg {
+    Auto,
+    #[value(alias = "f32")]
+    Float32,
+    #[value(alias = "bf16")]
+    Bfloat16,
+}
+
+/// `4096`, `32k` (= 32,768) or `1m` (= 1,048,576).
+pub fn token_count(text: &str) -> Result<usize, String> {
+    let lower = text.to_ascii_lowercase();
+    let (digits, unit) = match lower.strip_suffix('k') {
+        Some(digits) => (digits, 1 << 10),
+        None => lower.strip_suffix('m').map_or((lower.as_str(), 1), |digits| (digits, 1 << 20)),
+    };
+    let count: Option<usize> = digits.parse().ok().and_then(|n: usize| n.checked_mul(unit));
+    count.ok_or_else(|| "expected a number of tokens such as 4096, 32k or 1m".into())
+}
+
+/// How tokens are drawn. What is not given comes from the checkpoint's generation_config.json.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// 0 = always the most likely token
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Draw from the K most likely tokens; 0 = all
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Draw from the most likely tokens that reach this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Drop tokens less likely than this fraction of the most likely one
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Penalty on every token of prompt and output; 1 = off
+    #[arg(long, value_name = "F")]
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted from generated tokens
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Subtracted from generated tokens per occurrence
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// The same seed and prompt give the same tokens
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub seed: u64,
+    /// Text that ends the output; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Tokens of a prefill step [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub chunk: Option<usize>,
+}
+
+impl SamplingArgs {
+    /// `defaults` with what was given on top.
+    pub fn over(&self, defaults: SamplingParams) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+            seed: self.seed,
+        }
+    }
+}
+
+/// Answer a question from documents, with the passage the answer rests on
+#[derive(Debug, Args)]
+#[command(after_help = "Example: longhaul ask --document report.txt \"What is the secret code of Lisbon?\"")]
+pub struct AskArgs {
+    /// Text, Markdown or PDF files; may be given several times
+    #[arg(long, short, required = true, num_args = 1.., value_name = "FILE")]
+    pub document: Vec<PathBuf>,
+    /// The question; the last argument
+    #[arg(value_name = "QUESTION")]
+    pub question: Option<String>,
+    /// Most tokens of the answer
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_tokens: usize,
+    /// System message [default: the chat template's own]
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// Complete a prompt
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The prompt, as text (no chat template)
+    #[arg(long, value_name = "TEXT", required_unless_present = "ids_file", conflicts_with = "ids_file")]
+    pub prompt: Option<String>,
+    /// The prompt, as a JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    pub ids_file: Option<PathBuf>,
+    /// Most tokens to generate [default: the checkpoint's max_new_tokens, else 256]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Go on after an end-of-sequence token
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Read special tokens in the prompt (such as <|im_start|>) as control tokens instead of as text
+    #[arg(long)]
+    pub parse_special: bool,
+    /// One JSON object on stdout: ids, text, finish_reason, timings
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// Talk to a model in the terminal
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// System message [default: the chat template's own]
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Most tokens of an answer
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub max_tokens: usize,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// Write the logits of every position to a safetensors file: the parity tool
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// The prompt, as a JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    pub ids_file: PathBuf,
+    /// File to write: tensor `logits`, float32, [tokens, vocab]
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub out: PathBuf,
+    /// Tokens of a prefill step [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub chunk: Option<usize>,
+    /// One JSON object on stdout: tokens, vocab, seconds
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// The family table, computed: parameters, weights, KV cache, context
+#[derive(Debug, Args)]
+pub struct ModelsArgs {
+    /// Only this model: a family name, demo, a directory or a hub id
+    #[arg(long, value_name = "NAME|DIR")]
+    pub model: Option<String>,
+    /// A JSON array on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Text to token ids
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    /// The text [default: stdin]
+    #[arg(value_name = "TEXT", conflicts_with = "file")]
+    pub text: Option<String>,
+    /// Read the text from a file
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Read special tokens in the text as control tokens
+    #[arg(long)]
+    pub parse_special: bool,
+    /// A JSON object with ids, count and the text of every token
+    #[arg(long)]
+    pub json: bool,
+    /// demo, a directory or a hub id
+    #[arg(long, default_value = "demo", value_name = "NAME|DIR")]
+    pub model: String,
+}
+
+/// Token ids to text
+#[derive(Debug, Args)]
+pub struct DetokenizeArgs {
+    /// Token ids [default: a JSON array on stdin]
+    #[arg(value_name = "ID", conflicts_with = "ids_file")]
+    pub ids: Vec<u32>,
+    /// A JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    pub ids_file: Option<PathBuf>,
+    /// Leave special tokens out
+    #[arg(long)]
+    pub skip_special: bool,
+    /// A JSON object with the text
+    #[arg(long)]
+    pub json: bool,
+    /// demo, a directory or a hub id
+    #[arg(long, default_value = "demo", value_name = "NAME|DIR")]
+    pub model: String,
+}
+
+/// Measurements, each beside its limit
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub what: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    Latency(LatencyArgs),
+}
+
+/// One request at a time: prefill and decode speed, decode as a fraction of the memory bandwidth
+#[derive(Debug, Args)]
+pub struct LatencyArgs {
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub input_len: usize,
+    /// Tokens to generate
+    #[arg(long, default_value_t = 64, value_name = "TOKENS")]
+    pub output_len: usize,
+    /// Measured runs after one warm-up
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub runs: usize,
+    /// Tokens of a prefill step [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub chunk: Option<usize>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn token_counts_take_units() {
+        assert_eq!(token_count("4096"), Ok(4096));
+        assert_eq!(token_count("128K"), Ok(131_072));
+        assert_eq!(token_count("1m"), Ok(1_048_576));
+        for bad in ["", "k", "-1", "1.5k", "12q"] {
+            assert!(token_count(bad).is_err(), "{bad}");
+        }
+    }
+}

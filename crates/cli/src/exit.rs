@@ -1,0 +1,79 @@
+//! Errors to messages and exit codes (sysexits.h).
+
+use std::io;
+use std::process::ExitCode;
+
+use longhaul_backend::Error as BackendError;
+use longhaul_engine::EngineError;
+use longhaul_longdoc::LongdocError;
+use longhaul_model::ModelError;
+
+const USAGE: u8 = 64;
+const DATA: u8 = 65;
+const NO_INPUT: u8 = 66;
+const SOFTWARE: u8 = 70;
+const OS: u8 = 71;
+const IO: u8 = 74;
+const CONFIG: u8 = 78;
+
+/// Wrong usage that only shows after parsing.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// Prints `error` with its causes and returns the exit code that fits it.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    // The reader of a pipe went away (`longhaul … | head`): nothing to report.
+    if error.chain().any(|e| e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)) {
+        return ExitCode::SUCCESS;
+    }
+    let mut message = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        // Transparent wrappers repeat their source.
+        if !message.ends_with(&cause) {
+            if !message.is_empty() {
+                message.push_str(": ");
+            }
+            message.push_str(&cause);
+        }
+    }
+    eprintln!("error: {message}");
+    ExitCode::from(code(error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<UsageError>() {
+            return USAGE;
+        }
+        if let Some(error) = cause.downcast_ref::<EngineError>() {
+            return engine_code(error);
+        }
+        if let Some(error) = cause.downcast_ref::<LongdocError>() {
+            return match error {
+                LongdocError::Engine(error) => engine_code(error),
+                _ => DATA,
+            };
+        }
+        if let Some(error) = cause.downcast_ref::<io::Error>() {
+            return if error.kind() == io::ErrorKind::NotFound { NO_INPUT } else { IO };
+        }
+    }
+    SOFTWARE
+}
+
+fn engine_code(error: &EngineError) -> u8 {
+    match error {
+        EngineError::Parameter { .. } | EngineError::UnknownModel(_) | EngineError::Device { .. } => USAGE,
+        EngineError::TooLong { .. } | EngineError::Text(_) => DATA,
+        EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
+        EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,
+        EngineError::Model(ModelError::Backend(error)) | EngineError::Backend(error) => match error {
+            BackendError::OutOfMemory { .. } => OS,
+            _ => SOFTWARE,
+        },
+        EngineError::Model(ModelError::Weights(_)) => NO_INPUT,
+        EngineError::Model(_) => CONFIG,
+    }
+}

@@ -1,0 +1,32 @@
+//! The `longhaul` command: parses arguments, wires the crates together, prints. Nothing else lives here.
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod exit;
+mod output;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Ask(args) => commands::ask::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
+        Command::Detokenize(args) => commands::tokenize::detokenize(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Logits(args) => commands::logits::run(&args),
+        Command::Models(args) => commands::models::run(&args),
+        Command::Tokenize(args) => commands::tokenize::tokenize(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => exit::report(&error),
+    }
+}

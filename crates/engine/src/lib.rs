@@ -1,0 +1,21 @@
+//! Requests in, tokens out: the KV block pool, the step loop, sampling parameters, and the assembly of a model from its
+//! files ([`Loader`]).
+//!
+//! Invariant: the engine knows no HTTP and no terminal; progress leaves through [`Observer`].
+#![forbid(unsafe_code)]
+
+mod api;
+mod blocks;
+mod demo;
+mod engine;
+mod error;
+mod loader;
+mod runner;
+
+pub use api::{
+    Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings,
+};
+pub use engine::Engine;
+pub use error::{EngineError, Result};
+pub use loader::{Device, LoadFormat, Loader, ModelFiles, ModelRef, Precision};
+pub use longhaul_model::LongContext;

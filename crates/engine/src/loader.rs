@@ -1,0 +1,309 @@
+//! From what the user names to a running [`Engine`]: files, config, positions, device, weights, KV pool.
+
+use std::path::{Path, PathBuf};
+
+use longhaul_backend::{DType, KvLayout};
+use longhaul_cpu::Cpu;
+use longhaul_model::{LongContext, Model, ModelSpec, PositionProfile, family, family_names};
+use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
+use longhaul_weights::{Checkpoint, Dummy, TensorSource};
+
+use crate::blocks::BlockPool;
+use crate::engine::Engine;
+use crate::runner::ModelRunner;
+use crate::{EngineError, Result, demo};
+
+/// Which model, as the user names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelRef {
+    /// The checkpoint embedded in the binary.
+    Demo,
+    /// A member of the family by name, such as `qwen2-7b`.
+    Family(String),
+    /// A directory with a checkpoint.
+    Directory(PathBuf),
+    /// `org/name` on the hub.
+    Hub(String),
+}
+
+impl ModelRef {
+    /// Reads a `--model` value: `demo`, a family name, an existing directory, or a hub id.
+    ///
+    /// # Errors
+    /// [`EngineError::UnknownModel`] with what would be understood.
+    pub fn parse(model: &str) -> Result<ModelRef> {
+        if model == "demo" {
+            return Ok(ModelRef::Demo);
+        }
+        if let Some(member) = family(model) {
+            return Ok(ModelRef::Family(member.name.into()));
+        }
+        let path = Path::new(model);
+        if path.is_dir() {
+            return Ok(ModelRef::Directory(path.into()));
+        }
+        if path.is_file() {
+            let hint = if model.ends_with(".gguf") {
+                "GGUF files are not supported yet; use the safetensors checkpoint"
+            } else {
+                "is a file; name the directory that holds config.json and the safetensors files"
+            };
+            return Err(EngineError::UnknownModel(format!("--model {model}: {hint}")));
+        }
+        let looks_like_hub_id = model.split('/').count() == 2 && !model.starts_with(['.', '/', '~']);
+        if looks_like_hub_id {
+            return Ok(ModelRef::Hub(model.into()));
+        }
+        let names: Vec<&str> = family_names().collect();
+        Err(EngineError::UnknownModel(format!(
+            "--model {model}: no such directory, and neither a hub id (org/name) nor a known name (demo, {})",
+            names.join(", ")
+        )))
+    }
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The checkpoint's safetensors files.
+    #[default]
+    Auto,
+    /// Random weights of a sensible scale, from a seed: shapes without files.
+    Dummy,
+}
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    /// The fastest device of this machine.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+pub use longhaul_cpu::Precision;
+
+/// Everything that decides how a model is loaded.
+#[derive(Debug, Clone)]
+pub struct Loader {
+    /// Which model.
+    pub model: ModelRef,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// Where it runs.
+    pub device: Device,
+    /// Precision of matrix products.
+    pub precision: Precision,
+    /// CPU threads; 0 = all cores.
+    pub threads: usize,
+    /// Tokens of context; `None` = what the checkpoint says.
+    pub max_model_len: Option<usize>,
+    /// Long-context mode; `None` = what the checkpoint and the context ask for.
+    pub long_context: Option<LongContext>,
+    /// Seed of dummy weights.
+    pub dummy_seed: u64,
+    /// Never use the network.
+    pub offline: bool,
+}
+
+impl Loader {
+    /// `model` with every default.
+    pub fn new(model: ModelRef) -> Self {
+        Self {
+            model,
+            load_format: LoadFormat::Auto,
+            device: Device::Auto,
+            precision: Precision::F32,
+            threads: 0,
+            max_model_len: None,
+            long_context: None,
+            dummy_seed: 0,
+            offline: false,
+        }
+    }
+
+    /// Reads the model's files without its weights.
+    ///
+    /// # Errors
+    /// Missing or malformed files, named.
+    pub fn files(&self) -> Result<ModelFiles> {
+        match &self.model {
+            ModelRef::Demo => ModelFiles::demo(),
+            ModelRef::Family(name) if self.load_format == LoadFormat::Dummy => ModelFiles::family(name),
+            ModelRef::Family(name) => {
+                let hub_id = family(name).map_or(name.as_str(), |m| m.hub_id);
+                ModelFiles::directory(hub_id, &longhaul_weights::locate(hub_id, self.offline)?)
+            }
+            ModelRef::Hub(id) => ModelFiles::directory(id, &longhaul_weights::locate(id, self.offline)?),
+            ModelRef::Directory(path) => {
+                let name = path.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_str()?.to_owned()));
+                ModelFiles::directory(&name.unwrap_or_else(|| path.display().to_string()), path)
+            }
+        }
+    }
+
+    /// Loads the model; `progress` hears (bytes read, bytes in all).
+    ///
+    /// # Errors
+    /// Files, config, context, memory: each named with its remedy.
+    pub fn load(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine> {
+        let files = self.files()?;
+        let positions = PositionProfile::new(&files.spec, self.long_context, self.max_model_len)?;
+        let expected = files.spec.tensors();
+        let source: Box<dyn TensorSource> = match (self.load_format, &files.weights) {
+            (LoadFormat::Dummy, _) | (_, WeightFiles::None) => {
+                Box::new(Dummy::new(expected, files.spec.dtype.unwrap_or(DType::BF16), self.dummy_seed))
+            }
+            (LoadFormat::Auto, WeightFiles::Embedded) => {
+                Box::new(Checkpoint::from_bytes(demo::WEIGHTS, "demo/model.safetensors", &expected, &[])?)
+            }
+            (LoadFormat::Auto, WeightFiles::Directory(path)) => {
+                Box::new(Checkpoint::open(path, &expected, &files.spec.ignorable_tensors())?)
+            }
+        };
+        let cpu = Cpu::new(self.threads, self.precision)
+            .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
+        let device = cpu.description();
+        let model = Model::load(cpu, &files.spec, &positions, source.as_ref(), progress)?;
+        let block_size = positions.block_size();
+        let layout = KvLayout {
+            layers: files.spec.layers,
+            query_heads: files.spec.query_heads,
+            kv_heads: files.spec.kv_heads,
+            head_dim: files.spec.head_dim,
+            block_size,
+            blocks: positions.max_model_len.div_ceil(block_size),
+            dtype: DType::F32,
+        };
+        Ok(Engine {
+            name: files.name,
+            runner: Box::new(ModelRunner::new(model, layout)?),
+            blocks: BlockPool::new(layout.blocks),
+            block_size,
+            spec: files.spec,
+            positions,
+            tokenizer: files.tokenizer,
+            template: files.template,
+            generation: files.generation,
+            device,
+        })
+    }
+}
+
+/// A model's files, read and checked, without its weights.
+pub struct ModelFiles {
+    /// Name for reports.
+    pub name: String,
+    /// From `config.json`.
+    pub spec: ModelSpec,
+    /// From `tokenizer.json`, if there is one.
+    pub tokenizer: Option<Tokenizer>,
+    /// From `tokenizer_config.json` or `chat_template.jinja`.
+    pub template: Option<ChatTemplate>,
+    /// From `generation_config.json`.
+    pub generation: GenerationConfig,
+    weights: WeightFiles,
+}
+
+enum WeightFiles {
+    None,
+    Embedded,
+    Directory(PathBuf),
+}
+
+impl ModelFiles {
+    fn demo() -> Result<Self> {
+        Ok(Self {
+            name: "demo".into(),
+            spec: ModelSpec::from_config(demo::CONFIG, "demo/config.json")?,
+            tokenizer: Some(Tokenizer::from_bytes(demo::TOKENIZER, "demo/tokenizer.json")?),
+            template: ChatTemplate::from_config_bytes(demo::TOKENIZER_CONFIG, "demo/tokenizer_config.json")?,
+            generation: GenerationConfig::from_bytes(demo::GENERATION_CONFIG, "demo/generation_config.json")?,
+            weights: WeightFiles::Embedded,
+        })
+    }
+
+    fn family(name: &str) -> Result<Self> {
+        let member = family(name).ok_or_else(|| EngineError::UnknownModel(format!("--model {name}: unknown")))?;
+        Ok(Self {
+            name: member.name.into(),
+            spec: member.spec,
+            tokenizer: None,
+            template: None,
+            generation: GenerationConfig::default(),
+            weights: WeightFiles::None,
+        })
+    }
+
+    fn directory(name: &str, dir: &Path) -> Result<Self> {
+        let origin = |file: &str| dir.join(file).display().to_string();
+        let config = required(&dir.join("config.json"))?;
+        let spec = ModelSpec::from_config(&config, &origin("config.json"))?;
+        let tokenizer = match optional(&dir.join("tokenizer.json"))? {
+            Some(bytes) => Some(Tokenizer::from_bytes(&bytes, &origin("tokenizer.json"))?),
+            None => None,
+        };
+        if let Some(tokenizer) = &tokenizer
+            && tokenizer.vocab_size() > spec.vocab_size
+        {
+            return Err(EngineError::File {
+                path: origin("tokenizer.json"),
+                message: format!(
+                    "has token ids up to {}, but config.json's vocab_size is {}; the files do not belong together",
+                    tokenizer.vocab_size() - 1,
+                    spec.vocab_size
+                ),
+            });
+        }
+        let tokenizer_config = optional(&dir.join("tokenizer_config.json"))?;
+        let mut template = match &tokenizer_config {
+            Some(bytes) => ChatTemplate::from_config_bytes(bytes, &origin("tokenizer_config.json"))?,
+            None => None,
+        };
+        if template.is_none()
+            && let Some(bytes) = optional(&dir.join("chat_template.jinja"))?
+        {
+            let source = String::from_utf8(bytes).map_err(|e| EngineError::File {
+                path: origin("chat_template.jinja"),
+                message: format!("is not UTF-8: {e}"),
+            })?;
+            template = Some(ChatTemplate::new(&source, None, None, &origin("chat_template.jinja"))?);
+        }
+        let generation = match optional(&dir.join("generation_config.json"))? {
+            Some(bytes) => GenerationConfig::from_bytes(&bytes, &origin("generation_config.json"))?,
+            None => GenerationConfig::default(),
+        };
+        Ok(Self {
+            name: name.into(),
+            spec,
+            tokenizer,
+            template,
+            generation,
+            weights: WeightFiles::Directory(dir.into()),
+        })
+    }
+}
+
+/// Config files beyond this are not config files.
+const MAX_CONFIG_BYTES: u64 = 256 << 20;
+
+fn required(path: &Path) -> Result<Vec<u8>> {
+    optional(path)?.ok_or_else(|| EngineError::File {
+        path: path.display().to_string(),
+        message: "is missing; a model directory holds config.json beside its safetensors files".into(),
+    })
+}
+
+fn optional(path: &Path) -> Result<Option<Vec<u8>>> {
+    let failed = |message: String| EngineError::File { path: path.display().to_string(), message };
+    match std::fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed(format!("cannot be read: {e}"))),
+        Ok(meta) if !meta.is_file() => Err(failed("is not a file".into())),
+        Ok(meta) if meta.len() > MAX_CONFIG_BYTES => {
+            Err(failed(format!("has {} bytes; at most {MAX_CONFIG_BYTES} are read", meta.len())))
+        }
+        Ok(_) => std::fs::read(path).map(Some).map_err(|e| failed(format!("cannot be read: {e}"))),
+    }
+}

@@ -1,0 +1,26 @@
+//! Text in and out of a language model: tokenizer, chat template, incremental detokenizer, stop strings and the
+//! checkpoint's sampling defaults.
+//!
+//! Every file read here comes with a checkpoint and is untrusted: it is bounded in size, checked field by field, and
+//! refused with a message that names the file and the culprit. Text from users is data: unless a caller asks for
+//! [`SpecialTokens::Parse`], no string in it becomes a control token.
+#![forbid(unsafe_code)]
+
+mod byte_level;
+mod chat;
+mod detokenizer;
+mod error;
+mod generation_config;
+mod json_dumps;
+mod stop;
+mod template;
+mod template_env;
+mod tokenizer;
+mod tokenizer_json;
+
+pub use chat::{ChatTemplate, Message};
+pub use detokenizer::Detokenizer;
+pub use error::TextError;
+pub use generation_config::GenerationConfig;
+pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopMatcher, StopOutcome};
+pub use tokenizer::{SpecialTokens, Tokenizer};

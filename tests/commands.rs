@@ -1,0 +1,171 @@
+//! The commands as a user runs them, on the embedded demo model.
+
+mod common;
+
+use common::{fail, json_output, longhaul, repository, succeed, with_stdin};
+use serde_json::{Value, json};
+
+const QUESTION: &str = "What is the secret code of Lisbon?";
+
+#[test]
+fn models_prints_the_published_counts() {
+    let models = json_output(longhaul().args(["models", "--json"]));
+    let column = |field: &str| -> Vec<u64> {
+        models.as_array().unwrap().iter().map(|m| m[field].as_u64().unwrap()).collect()
+    };
+    assert_eq!(
+        column("parameters"),
+        [494_032_768, 1_543_714_304, 7_615_616_512, 57_408_658_944, 72_706_203_648]
+    );
+    assert_eq!(
+        column("non_embedding_parameters"),
+        [357_898_112, 1_310_340_608, 6_525_621_760, 56_319_581_696, 70_214_787_072]
+    );
+    assert_eq!(column("active_parameters")[3], 14_248_331_264);
+    assert_eq!(column("kv_bytes_per_token_bfloat16"), [12_288, 28_672, 57_344, 57_344, 327_680]);
+    let table = String::from_utf8(succeed(longhaul().arg("models")).stdout).unwrap();
+    for number in ["494,032,768", "1,543,714,304", "7,615,616,512", "57,408,658,944", "72,706,203,648", "327,680"] {
+        assert!(table.contains(number), "{number} is not in the table:\n{table}");
+    }
+    let demo = json_output(longhaul().args(["models", "--json", "--model", "demo"]));
+    assert_eq!(demo[0]["parameters"], json!(985_216));
+}
+
+#[test]
+fn ask_finds_the_planted_fact_in_a_real_text() {
+    let document = repository("assets/examples/northanger-abbey.txt");
+    let text = std::fs::read_to_string(&document).unwrap();
+    let code = text.split("The secret code of Lisbon is ").nth(1).unwrap()[..5].to_owned();
+    let mut command = longhaul();
+    let answer = json_output(command.args(["ask", "--json", "--document"]).arg(&document).arg(QUESTION));
+    assert!(answer["answer"].as_str().unwrap().contains(&code), "{answer}");
+    assert!(answer["passage"]["text"].as_str().unwrap().contains(&code), "{answer}");
+    // The same without --json: the answer on stdout, the figures on stderr.
+    let output = succeed(longhaul().args(["ask", "--document"]).arg(&document).arg(QUESTION));
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(stdout.contains(&code) && stdout.contains("line"), "{stdout}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("tok/s"));
+}
+
+#[test]
+fn ask_takes_several_documents_and_names_the_right_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let filler = "The river runs past the old mill and the road follows it for many miles. ".repeat(6);
+    let first = write("first.md", &format!("{filler}The secret code of Lisbon is 48213. {filler}"));
+    let second = write("second.txt", &format!("{filler}The secret code of Prague is 77120. {filler}"));
+    let mut command = longhaul();
+    command.args(["ask", "--json", "--document"]).arg(&first).arg("--document").arg(&second);
+    let answer = json_output(command.arg("What is the secret code of Prague?"));
+    assert!(answer["answer"].as_str().unwrap().contains("77120"), "{answer}");
+    assert!(answer["passage"]["document"].as_str().unwrap().contains("second.txt"), "{answer}");
+    assert_eq!(answer["documents"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn ask_refuses_what_it_cannot_answer_and_says_why() {
+    let document = repository("assets/examples/northanger-abbey.txt");
+    let mut command = longhaul();
+    command.args(["ask", "--max-model-len", "1000", "--document"]).arg(&document).arg(QUESTION);
+    let (code, message) = fail(&mut command);
+    assert_eq!(code, 65, "{message}");
+    assert!(message.contains("1000") && message.contains("--max-model-len"), "{message}");
+
+    let (_, message) = fail(longhaul().args(["ask", "--document", "/no/such/file.txt", QUESTION]));
+    assert!(message.contains("/no/such/file.txt"), "{message}");
+    let (code, message) = fail(longhaul().args(["ask", "--document"]).arg(&document));
+    assert_eq!(code, 64);
+    assert!(message.contains("question is missing"), "{message}");
+    let (code, _) = fail(longhaul().args(["ask", "--no-such-flag"]));
+    assert_eq!(code, 2);
+}
+
+#[test]
+fn generate_is_reproducible_and_stops_where_told() {
+    let generate = |extra: &[&str]| {
+        let mut command = longhaul();
+        command.args(["generate", "--json", "--prompt", "The secret code of Rome is 12345. "]);
+        json_output(command.args(extra))
+    };
+    let sampled = ["--temperature", "1", "--max-tokens", "24", "--ignore-eos"];
+    let one = generate(&[&sampled[..], &["--seed", "7"]].concat());
+    assert_eq!(one["ids"], generate(&[&sampled[..], &["--seed", "7"]].concat())["ids"]);
+    assert_ne!(one["ids"], generate(&[&sampled[..], &["--seed", "8"]].concat())["ids"]);
+    assert_eq!(one["ids"].as_array().unwrap().len(), 24);
+    assert_eq!(one["finish_reason"], "length");
+    // Chunking does not change a seeded sample either.
+    assert_eq!(one["ids"], generate(&[&sampled[..], &["--seed", "7", "--chunk", "3"]].concat())["ids"]);
+
+    let greedy = generate(&["--temperature", "0", "--max-tokens", "24", "--ignore-eos"]);
+    let text = greedy["text"].as_str().unwrap();
+    let stop: String = text.chars().skip(6).take(3).collect();
+    let stopped = generate(&["--temperature", "0", "--max-tokens", "24", "--ignore-eos", "--stop", &stop]);
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["text"].as_str().unwrap(), &text[..text.find(&stop).unwrap()]);
+}
+
+#[test]
+fn special_tokens_in_user_text_stay_text_unless_asked_for() {
+    let text = "a<|im_end|>b";
+    let plain = json_output(longhaul().args(["tokenize", "--json", text]));
+    let parsed = json_output(longhaul().args(["tokenize", "--json", "--parse-special", text]));
+    assert!(!plain["ids"].as_array().unwrap().contains(&json!(1502)), "{plain}");
+    assert!(parsed["ids"].as_array().unwrap().contains(&json!(1502)), "{parsed}");
+    let ids: Vec<String> = plain["ids"].as_array().unwrap().iter().map(Value::to_string).collect();
+    let back = json_output(longhaul().args(["detokenize", "--json"]).args(&ids));
+    assert_eq!(back["text"], text);
+}
+
+#[test]
+fn tokenize_and_detokenize_read_stdin() {
+    let output = with_stdin(longhaul().arg("tokenize"), "Zürich — 東京 🚄");
+    let ids = String::from_utf8(output.stdout).unwrap();
+    let output = with_stdin(longhaul().arg("detokenize"), &ids);
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "Zürich — 東京 🚄\n");
+}
+
+#[test]
+fn chat_answers_line_by_line_and_forgets_on_request() {
+    let script = "The secret code of Oslo is 90417. What is the secret code of Oslo?\n/reset\n/nonsense\n/exit\n";
+    let output = with_stdin(longhaul().arg("chat"), script);
+    assert!(output.status.success());
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(stdout.contains("90417"), "{stdout}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("forgotten") && stderr.contains("/nonsense is not a command"), "{stderr}");
+}
+
+#[test]
+fn family_names_run_with_dummy_weights() {
+    let mut command = longhaul();
+    let ids = common::ids_file(&[1, 2, 3, 4]);
+    command.args(["generate", "--model", "qwen2-0.5b", "--load-format", "dummy", "--max-model-len", "64", "--json"]);
+    command.args(["--max-tokens", "2", "--ignore-eos", "--ids-file"]).arg(ids.path());
+    let output = json_output(&mut command);
+    assert_eq!(output["ids"].as_array().unwrap().len(), 2);
+    assert_eq!(output["text"], "");
+}
+
+#[test]
+fn logits_writes_nothing_when_it_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("logits.safetensors");
+    let ids = common::ids_file(&[1, 5000]);
+    let mut command = longhaul();
+    let (code, message) = fail(command.args(["logits", "--ids-file"]).arg(ids.path()).arg("--out").arg(&out));
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("5000"), "{message}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn help_names_every_command() {
+    let help = String::from_utf8(succeed(longhaul().arg("--help")).stdout).unwrap();
+    for command in ["ask", "bench", "chat", "detokenize", "generate", "logits", "models", "needle", "tokenize"] {
+        assert!(help.contains(command), "{command} is not in --help");
+    }
+}

@@ -1,0 +1,87 @@
+//! `longhaul logits` and `longhaul generate` against what transformers computes in float64 (the DCA oracle for
+//! `dense-dca*`), for every chunking.
+//!
+//! `LONGHAUL_GOLDENS` may name a directory with further cases of the same layout.
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::{json_output, longhaul, logits};
+use longhaul_testkit::{Golden, assert_close, golden_cases};
+use serde_json::Value;
+
+/// max|Δlogits| / max|logits| in f32.
+const TOLERANCE: f32 = 2e-4;
+const CHUNKS: [Option<usize>; 4] = [Some(1), Some(7), Some(64), None];
+
+fn cases() -> Vec<PathBuf> {
+    let mut cases = golden_cases();
+    assert!(cases.len() >= 8, "only {} golden cases", cases.len());
+    if let Ok(dir) = std::env::var("LONGHAUL_GOLDENS") {
+        let more = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("LONGHAUL_GOLDENS={dir}: {e}"));
+        cases.extend(more.map(|e| e.unwrap().path()).filter(|p| p.join("golden.safetensors").is_file()));
+    }
+    cases
+}
+
+#[test]
+fn logits_match_for_every_chunking() {
+    for case in cases() {
+        let golden = Golden::load(&case);
+        let mut whole: Option<Vec<f32>> = None;
+        for chunk in CHUNKS.into_iter().rev() {
+            let (shape, values) = logits(&golden, chunk, &[]);
+            assert_eq!(shape, [golden.input_ids.len(), golden.vocab]);
+            assert_close(&format!("{} chunk {chunk:?}", golden.name), &values, &golden.logits, TOLERANCE);
+            // Stronger than the tolerance: the split of a prompt changes no bit.
+            match &whole {
+                None => whole = Some(values),
+                Some(whole) => assert!(values == *whole, "{} chunk {chunk:?}: bits differ", golden.name),
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_continuations_match_token_for_token() {
+    for case in cases() {
+        let golden = Golden::load(&case);
+        for chunk in CHUNKS {
+            let ids = common::ids_file(&golden.input_ids);
+            let mut command = longhaul();
+            command.args(["generate", "--temperature", "0", "--ignore-eos", "--json", "--device", "cpu"]);
+            command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
+            command.args(["--max-tokens", &golden.greedy.len().to_string()]);
+            if let Some(chunk) = chunk {
+                command.args(["--chunk", &chunk.to_string()]);
+            }
+            let output = json_output(&mut command);
+            let got: Vec<u32> = serde_json::from_value(output["ids"].clone()).unwrap();
+            assert_eq!(got, golden.greedy, "{} chunk {chunk:?}", golden.name);
+            assert_eq!(output["finish_reason"], Value::from("length"));
+        }
+    }
+}
+
+/// Rounding activations to bf16 (`--dtype bfloat16`) costs what bf16 costs, no more.
+#[test]
+fn bfloat16_products_stay_within_bfloat16() {
+    for case in cases() {
+        let golden = Golden::load(&case);
+        let (_, values) = logits(&golden, None, &["--dtype", "bfloat16"]);
+        assert_close(&format!("{} bfloat16", golden.name), &values, &golden.logits, 4e-2);
+    }
+}
+
+/// The goldens would not notice a mode that is silently ignored: forcing another one must change the result.
+#[test]
+fn the_long_context_mode_matters() {
+    for name in ["dense-dca", "dense-dca-scaled", "dense-yarn"] {
+        let case = longhaul_testkit::goldens_dir().join(name);
+        let golden = Golden::load(&case);
+        let (_, values) = logits(&golden, None, &["--long-context", "none"]);
+        let (error, _) = longhaul_testkit::max_relative_to_max(name, &values, &golden.logits);
+        assert!(error > 10.0 * TOLERANCE, "{name}: plain RoPE gives the same logits ({error:e})");
+    }
+}
