@@ -169,7 +169,9 @@ def evaluate(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="checkpoint folder (default: the shipped one)")
+    parser.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, help="checkpoint folder (default: the shipped one)"
+    )
     parser.add_argument("--haystack", type=Path, nargs="+", default=[DEFAULT_HAYSTACK], help="texts, in UTF-8")
     parser.add_argument("--lengths", type=int, nargs="+", default=[768, 1536, 3072, 6144, 12288], help="in tokens")
     parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=["none", "dca"])

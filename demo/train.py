@@ -331,7 +331,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stages", type=parse_stages, help=f"LENGTHxBATCHxSTEPS,... (default: {DEFAULT_STAGES})", metavar="STAGES"
     )
-    parser.add_argument("--steps", type=int, help="train this many steps in all: the stages are shortened in proportion")
+    parser.add_argument(
+        "--steps", type=int, help="train this many steps in all: the stages are shortened in proportion"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: 2e-3; fine-tuning: 3e-4)")
     parser.add_argument(
         "--resume",

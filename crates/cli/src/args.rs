@@ -38,7 +38,8 @@ pub struct ModelArgs {
     /// Where to run
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
-    /// Precision of matrix products; auto is float32, bfloat16 rounds activations and is faster on CPUs with bf16 dot products
+    /// Precision of products and KV cache. auto: bfloat16 for ask, chat and needle where the checkpoint is bfloat16 and
+    /// the CPU has bf16 dot products; float32, exact, everywhere else
     #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
     pub dtype: DTypeArg,
     /// CPU threads; 0 = all cores
@@ -60,11 +61,11 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The loader that these arguments describe.
+    /// The loader that these arguments describe; `auto` is what `--dtype auto` means to the command.
     ///
     /// # Errors
     /// A model name that means nothing.
-    pub fn loader(&self) -> Result<Loader, EngineError> {
+    pub fn loader(&self, auto: Precision) -> Result<Loader, EngineError> {
         Ok(Loader {
             model: ModelRef::parse(&self.model)?,
             load_format: match self.load_format {
@@ -76,8 +77,9 @@ impl ModelArgs {
                 DeviceArg::Cpu => Device::Cpu,
             },
             precision: match self.dtype {
-                DTypeArg::Auto | DTypeArg::Float32 => Precision::F32,
-                DTypeArg::Bfloat16 => Precision::Bf16,
+                DTypeArg::Auto => auto,
+                DTypeArg::Float32 => Precision::Float32,
+                DTypeArg::Bfloat16 => Precision::Bfloat16,
             },
             threads: self.threads,
             max_model_len: self.max_model_len,

@@ -2,13 +2,16 @@
 
 use longhaul_backend::{DType, Error, KvLayout, Result};
 
+use crate::linear::round;
+
 /// Lanes that every row is padded to, so that no kernel needs a masked load.
 const PAD: usize = 16;
 
-/// Paged K and V of all layers, f32.
+/// Paged K and V of all layers, f32 or bf16.
 ///
-/// A block of K is `[kv_heads][head_dim][block_size]` (keys along the vector lanes, so a tile of scores needs no
-/// horizontal sums), a block of V is `[kv_heads][block_size][head_dim]`; the last axis of each is padded to 16.
+/// f32: a block of K is `[kv_heads][head_dim][block_size]` (keys along the vector lanes, so a tile of scores needs no
+/// horizontal sums), a block of V is `[kv_heads][block_size][head_dim]`. bf16: the same with pairs of neighbours in one
+/// 32-bit word, the first in the low half: along head_dim in K, along the keys in V. The last axis is padded to 16.
 #[derive(Debug)]
 pub struct KvCache {
     layout: KvLayout,
@@ -17,45 +20,67 @@ pub struct KvCache {
 
 #[derive(Debug)]
 struct LayerKv {
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: Words,
+    v: Words,
+}
+
+/// f32 values or pairs of bf16.
+#[derive(Debug)]
+enum Words {
+    F32(Vec<f32>),
+    Bf16(Vec<u32>),
+}
+
+impl Words {
+    fn new(dtype: DType, count: usize, layout: &KvLayout) -> Result<Self> {
+        match dtype {
+            DType::F32 => Ok(Words::F32(zeroed(count, layout)?)),
+            DType::BF16 => Ok(Words::Bf16(zeroed(count, layout)?)),
+            DType::F16 => Err(Error::UnsupportedDType { op: "kv_cache", dtype }),
+        }
+    }
+}
+
+/// Zeroed memory whose pages are committed when first written.
+fn zeroed<T: Clone + Default>(count: usize, layout: &KvLayout) -> Result<Vec<T>> {
+    // `try_reserve` first: a pool that cannot be had must be an error, not an abort.
+    let mut probe: Vec<T> = Vec::new();
+    probe.try_reserve_exact(count).map_err(|_| Error::OutOfMemory {
+        what: format!("the KV cache of {} tokens", layout.blocks * layout.block_size),
+        bytes: layout.bytes(),
+    })?;
+    drop(probe);
+    Ok(vec![T::default(); count])
 }
 
 /// One KV head of one block.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct KvTile<'a> {
-    /// `[head_dim][key_stride]`
-    pub k: &'a [f32],
-    /// `[block_size][value_stride]`
-    pub v: &'a [f32],
+pub(crate) enum KvTile<'a> {
+    /// k `[head_dim][key_stride]`, v `[block_size][value_stride]`
+    F32 { k: &'a [f32], v: &'a [f32] },
+    /// k `[head_dim / 2][key_stride]`, v `[ceil(block_size / 2)][value_stride]`, words of two values
+    Bf16 { k: &'a [u32], v: &'a [u32] },
 }
 
 impl KvCache {
-    /// Takes the pool. Pages are committed when first written.
+    /// Takes the pool.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDType`] for anything but f32, [`Error::OutOfMemory`] when the pool cannot be had.
+    /// [`Error::UnsupportedDType`] for anything but f32 and bf16, [`Error::OutOfMemory`] when the pool cannot be had.
     pub fn new(layout: KvLayout) -> Result<Self> {
-        if layout.dtype != DType::F32 {
-            return Err(Error::UnsupportedDType { op: "kv_cache", dtype: layout.dtype });
-        }
-        if layout.kv_heads == 0 || layout.query_heads % layout.kv_heads != 0 || layout.block_size == 0 {
+        let grouped = layout.kv_heads > 0 && layout.query_heads.is_multiple_of(layout.kv_heads);
+        if !grouped || layout.block_size == 0 || !layout.head_dim.is_multiple_of(2) {
             return Err(Error::shape("kv_cache", format!("{layout:?} is not a layout")));
         }
-        let zeros = |elements: usize| -> Result<Vec<f32>> {
-            // `try_reserve` first: a pool that cannot be had must be an error, not an abort.
-            let mut probe: Vec<f32> = Vec::new();
-            probe.try_reserve_exact(elements).map_err(|_| Error::OutOfMemory {
-                what: format!("the KV cache of {} tokens", layout.blocks * layout.block_size),
-                bytes: layout.bytes(),
-            })?;
-            drop(probe);
-            Ok(vec![0.0; elements])
-        };
         let heads = layout.blocks * layout.kv_heads;
-        let (k, v) = (layout.head_dim * key_stride(&layout), layout.block_size * value_stride(&layout));
+        let (k, v) = (key_words(&layout), value_words(&layout));
         let layers = (0..layout.layers)
-            .map(|_| Ok(LayerKv { k: zeros(heads * k)?, v: zeros(heads * v)? }))
+            .map(|_| {
+                Ok(LayerKv {
+                    k: Words::new(layout.dtype, heads * k, &layout)?,
+                    v: Words::new(layout.dtype, heads * v, &layout)?,
+                })
+            })
             .collect::<Result<_>>()?;
         Ok(Self { layout, layers })
     }
@@ -69,11 +94,21 @@ impl KvCache {
     pub(crate) fn tile(&self, layer: usize, block: usize, kv_head: usize) -> Option<KvTile<'_>> {
         let kv = self.layers.get(layer)?;
         let index = block * self.layout.kv_heads + kv_head;
-        let (k, v) = (self.layout.head_dim * self.key_stride(), self.layout.block_size * self.value_stride());
-        Some(KvTile { k: kv.k.get(index * k..(index + 1) * k)?, v: kv.v.get(index * v..(index + 1) * v)? })
+        let (k, v) = (key_words(&self.layout), value_words(&self.layout));
+        let (k, v) = (index * k..(index + 1) * k, index * v..(index + 1) * v);
+        match (&kv.k, &kv.v) {
+            (Words::F32(keys), Words::F32(values)) => {
+                Some(KvTile::F32 { k: keys.get(k)?, v: values.get(v)? })
+            }
+            (Words::Bf16(keys), Words::Bf16(values)) => {
+                Some(KvTile::Bf16 { k: keys.get(k)?, v: values.get(v)? })
+            }
+            _ => None,
+        }
     }
 
-    /// Writes one rotated key and one value of `kv_head` to `slot` of `block`; both hold `head_dim` values.
+    /// Writes one rotated key and one value of `kv_head` to `slot` of `block`; both hold `head_dim` values. Slots of a block
+    /// are written in ascending order.
     pub(crate) fn write(
         &mut self,
         layer: usize,
@@ -83,36 +118,64 @@ impl KvCache {
         value: &[f32],
     ) -> Result<()> {
         let (key_stride, value_stride) = (self.key_stride(), self.value_stride());
+        let (k, v) = (key_words(&self.layout), value_words(&self.layout));
         let index = block * self.layout.kv_heads + kv_head;
-        let (k, v) = (self.layout.head_dim * key_stride, self.layout.block_size * value_stride);
+        let (k, v) = (index * k..(index + 1) * k, index * v..(index + 1) * v);
         let outside = || Error::Step(format!("block {block} slot {slot} layer {layer} is outside the KV pool"));
-        let kv = self.layers.get_mut(layer).ok_or_else(outside)?;
-        let keys = kv.k.get_mut(index * k..(index + 1) * k).ok_or_else(outside)?;
-        for (d, x) in key.iter().enumerate() {
-            *keys.get_mut(d * key_stride + slot).ok_or_else(outside)? = *x;
+        if slot >= self.layout.block_size {
+            return Err(outside());
         }
-        let values = kv.v.get_mut(index * v..(index + 1) * v).ok_or_else(outside)?;
-        let row = values.get_mut(slot * value_stride..).and_then(|r| r.get_mut(..value.len()));
-        row.ok_or_else(outside)?.copy_from_slice(value);
+        let kv = self.layers.get_mut(layer).ok_or_else(outside)?;
+        match &mut kv.k {
+            Words::F32(keys) => {
+                let keys = keys.get_mut(k).ok_or_else(outside)?;
+                for (line, x) in keys.chunks_exact_mut(key_stride).zip(key) {
+                    line[slot] = *x;
+                }
+            }
+            Words::Bf16(keys) => {
+                let keys = keys.get_mut(k).ok_or_else(outside)?;
+                for (line, [a, b]) in keys.chunks_exact_mut(key_stride).zip(key.as_chunks::<2>().0) {
+                    line[slot] = round(*a) >> 16 | round(*b);
+                }
+            }
+        }
+        match &mut kv.v {
+            Words::F32(values) => {
+                let values = values.get_mut(v).ok_or_else(outside)?;
+                values[slot * value_stride..][..value.len()].copy_from_slice(value);
+            }
+            Words::Bf16(values) => {
+                let values = values.get_mut(v).ok_or_else(outside)?;
+                for (word, x) in values[slot / 2 * value_stride..].iter_mut().zip(value) {
+                    // The first of a pair clears the second: a stale NaN there would survive a weight of zero.
+                    *word = if slot.is_multiple_of(2) { round(*x) >> 16 } else { *word & 0xffff | round(*x) };
+                }
+            }
+        }
         Ok(())
     }
 
-    /// Elements between two dimensions of a K tile.
+    /// Words between two lines of a K tile.
     pub(crate) fn key_stride(&self) -> usize {
         key_stride(&self.layout)
     }
 
-    /// Elements between two keys of a V tile.
+    /// Words between two lines of a V tile.
     pub(crate) fn value_stride(&self) -> usize {
         value_stride(&self.layout)
     }
 
-    /// Fills the whole pool, to prove in tests that nothing unwritten is read.
+    /// Fills the whole pool with NaN, to prove in tests that nothing unwritten is read.
     #[cfg(test)]
-    pub(crate) fn poison(&mut self, value: f32) {
+    pub(crate) fn poison(&mut self) {
         for layer in &mut self.layers {
-            layer.k.fill(value);
-            layer.v.fill(value);
+            for words in [&mut layer.k, &mut layer.v] {
+                match words {
+                    Words::F32(values) => values.fill(f32::NAN),
+                    Words::Bf16(pairs) => pairs.fill(0x7fc0_7fc0),
+                }
+            }
         }
     }
 }
@@ -123,4 +186,16 @@ fn key_stride(layout: &KvLayout) -> usize {
 
 fn value_stride(layout: &KvLayout) -> usize {
     layout.head_dim.next_multiple_of(PAD)
+}
+
+/// Words of one head of a K block.
+fn key_words(layout: &KvLayout) -> usize {
+    let lines = if layout.dtype == DType::BF16 { layout.head_dim / 2 } else { layout.head_dim };
+    lines * key_stride(layout)
+}
+
+/// Words of one head of a V block.
+fn value_words(layout: &KvLayout) -> usize {
+    let lines = if layout.dtype == DType::BF16 { layout.block_size.div_ceil(2) } else { layout.block_size };
+    lines * value_stride(layout)
 }

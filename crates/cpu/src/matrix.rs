@@ -193,21 +193,27 @@ fn interleave<const N: usize>(rows: &[&[u8]; PANEL], panel: &mut [[u8; N]])
 where
     [u8; N]: Pod,
 {
-    // Blocks of 16 steps keep the lines being scattered to in L1.
-    const BLOCK: usize = 16;
-    for (b, block) in panel.chunks_mut(BLOCK * PANEL).enumerate() {
-        for (r, row) in rows.iter().enumerate() {
-            let row = row.get(b * BLOCK * N..).unwrap_or_default();
-            let row = &row[..row.len().min(BLOCK * N)];
-            let mut units = row.chunks_exact(N);
-            let mut lanes = block.iter_mut().skip(r).step_by(PANEL);
-            for (unit, lane) in units.by_ref().zip(lanes.by_ref()) {
-                lane.copy_from_slice(unit);
+    // A block is square, small enough for registers or L1 on both sides, and written in order.
+    let (blocks, tail) = panel.as_chunks_mut::<{ PANEL * PANEL }>();
+    let square = PANEL * N;
+    for (b, block) in blocks.iter_mut().enumerate() {
+        let mut values = [[[0; N]; PANEL]; PANEL];
+        for (values, row) in values.iter_mut().zip(rows) {
+            let row = row.get(b * square..).unwrap_or_default();
+            let n = row.len().min(square);
+            values.as_flattened_mut()[..n].copy_from_slice(&row[..n]);
+        }
+        for (step, lanes) in block.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            for (lane, values) in lanes.iter_mut().zip(&values) {
+                *lane = values[step];
             }
-            if let Some(lane) = lanes.next() {
-                let rest = units.remainder();
-                lane[..rest.len()].copy_from_slice(rest);
-            }
+        }
+    }
+    let first = blocks.len() * square;
+    for (r, row) in rows.iter().enumerate() {
+        let units = row.get(first..).unwrap_or_default().chunks(N);
+        for (unit, lane) in units.zip(tail.iter_mut().skip(r).step_by(PANEL)) {
+            lane[..unit.len()].copy_from_slice(unit);
         }
     }
 }

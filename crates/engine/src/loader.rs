@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use longhaul_backend::{DType, KvLayout};
 use longhaul_cpu::Cpu;
+use longhaul_cpu::simd::Isa;
 use longhaul_model::{LongContext, Model, ModelSpec, PositionProfile, family, family_names};
 use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
 use longhaul_weights::{Checkpoint, Dummy, TensorSource};
@@ -82,7 +83,28 @@ pub enum Device {
     Cpu,
 }
 
-pub use longhaul_cpu::Precision;
+/// Precision of matrix products and of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Exact products of the stored weights, f32 cache.
+    #[default]
+    Float32,
+    /// Operands rounded to bf16, f32 sums, bf16 cache.
+    Bfloat16,
+    /// bfloat16 where the checkpoint is bfloat16 and the CPU has bf16 dot products, otherwise float32.
+    Fastest,
+}
+
+impl Precision {
+    fn resolve(self, checkpoint: Option<DType>) -> longhaul_cpu::Precision {
+        let fast = checkpoint == Some(DType::BF16) && Isa::active() == Ok(Isa::Avx512Bf16);
+        match self {
+            Precision::Bfloat16 => longhaul_cpu::Precision::Bf16,
+            Precision::Fastest if fast => longhaul_cpu::Precision::Bf16,
+            _ => longhaul_cpu::Precision::F32,
+        }
+    }
+}
 
 /// Everything that decides how a model is loaded.
 #[derive(Debug, Clone)]
@@ -114,7 +136,7 @@ impl Loader {
             model,
             load_format: LoadFormat::Auto,
             device: Device::Auto,
-            precision: Precision::F32,
+            precision: Precision::Float32,
             threads: 0,
             max_model_len: None,
             long_context: None,
@@ -162,7 +184,8 @@ impl Loader {
                 Box::new(Checkpoint::open(path, &expected, &files.spec.ignorable_tensors())?)
             }
         };
-        let cpu = Cpu::new(self.threads, self.precision)
+        let precision = self.precision.resolve(files.spec.dtype);
+        let cpu = Cpu::new(self.threads, precision)
             .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
         let device = cpu.description();
         let model = Model::load(cpu, &files.spec, &positions, source.as_ref(), progress)?;
@@ -174,7 +197,10 @@ impl Loader {
             head_dim: files.spec.head_dim,
             block_size,
             blocks: positions.max_model_len.div_ceil(block_size),
-            dtype: DType::F32,
+            dtype: match precision {
+                longhaul_cpu::Precision::F32 => DType::F32,
+                longhaul_cpu::Precision::Bf16 => DType::BF16,
+            },
         };
         Ok(Engine {
             name: files.name,

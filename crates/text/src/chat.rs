@@ -63,7 +63,8 @@ impl ChatTemplate {
     /// Compiles a template, for example the content of a `chat_template.jinja`.
     ///
     /// # Errors
-    /// [`TextError::Template`] with the line when the source does not parse, [`TextError::TooLarge`] beyond 256 KiB.
+    /// [`TextError::Template`] with the line when the source does not parse, [`TextError::TooLarge`] beyond 64 KiB,
+    /// [`TextError::TemplateLimit`] for a tag with more than 4 KiB of code.
     pub fn new(
         source: &str,
         bos_token: Option<&str>,

@@ -146,7 +146,7 @@ impl Checkpoint {
             // One read a row fetches exactly what is needed. It costs a system call a row, which for the family's
             // shapes (rows of a quarter kilobyte and more) is cheaper than reading the other ranks' columns too.
             for row in 0..region.pieces {
-                self.append(tensor, &mut buffer, row * stride, piece)?;
+                self.append(tensor, &mut buffer, row * stride + start, piece)?;
             }
             return Ok(buffer);
         }

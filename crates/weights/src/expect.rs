@@ -50,7 +50,7 @@ pub(crate) fn accept(
             }
             continue;
         };
-        if stored.shape.len() != spec.shape.len() {
+        if stored.shape != spec.shape {
             wrong.get_or_insert_with(|| WeightsError::Shape {
                 file: file_of(shard),
                 tensor: spec.name.clone(),

@@ -3,7 +3,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Result;
-use longhaul_engine::Generate;
+use longhaul_engine::{Generate, Precision};
 use longhaul_longdoc::{Answer, AskOptions, Document, ask};
 
 use crate::args::AskArgs;
@@ -16,7 +16,7 @@ pub fn run(args: &AskArgs) -> Result<ExitCode> {
     let (paths, question) = documents_and_question(args)?;
     let documents = Document::load_all(&paths)?;
     let start = Instant::now();
-    let mut engine = progress::load(&args.model.loader()?)?;
+    let mut engine = progress::load(&args.model.loader(Precision::Fastest)?)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let options = AskOptions {
         max_tokens: args.max_tokens,

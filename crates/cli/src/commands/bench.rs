@@ -3,6 +3,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use longhaul_bench::{LatencyConfig, latency};
 
+use longhaul_engine::Precision;
+
 use crate::args::{BenchArgs, BenchCommand, LatencyArgs};
 use crate::output;
 use crate::progress;
@@ -18,7 +20,7 @@ fn run_latency(args: &LatencyArgs) -> Result<ExitCode> {
     let mut model = args.model.clone();
     // The context of the measurement, unless the user asks for another.
     model.max_model_len.get_or_insert(args.input_len + args.output_len);
-    let mut engine = progress::load(&model.loader()?)?;
+    let mut engine = progress::load(&model.loader(Precision::Float32)?)?;
     let config = LatencyConfig {
         input_len: args.input_len,
         output_len: args.output_len,

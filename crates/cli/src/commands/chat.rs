@@ -2,7 +2,7 @@ use std::io::{self, BufRead, IsTerminal};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use longhaul_engine::{EngineError, Generate, Request};
+use longhaul_engine::{EngineError, Generate, Precision, Request};
 use longhaul_text::Message;
 
 use crate::args::ChatArgs;
@@ -13,7 +13,7 @@ const HELP: &str = "/reset forgets the conversation, /exit (or end of input) lea
 
 /// `longhaul chat`
 pub fn run(args: &ChatArgs) -> Result<ExitCode> {
-    let mut engine = progress::load(&args.model.loader()?)?;
+    let mut engine = progress::load(&args.model.loader(Precision::Fastest)?)?;
     let opening: Vec<Message> =
         args.system.iter().map(|text| Message { role: "system".into(), content: text.clone() }).collect();
     let mut messages = opening.clone();

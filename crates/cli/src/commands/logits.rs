@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use longhaul_engine::EngineError;
+use longhaul_engine::{EngineError, Precision};
 use serde_json::json;
 
 use crate::args::LogitsArgs;
@@ -15,7 +15,7 @@ use crate::progress;
 /// `longhaul logits`
 pub fn run(args: &LogitsArgs) -> Result<ExitCode> {
     let ids = super::read_ids(&args.ids_file)?;
-    let mut engine = progress::load(&args.model.loader()?)?;
+    let mut engine = progress::load(&args.model.loader(Precision::Float32)?)?;
     let vocab = engine.spec().vocab_size;
     let start = Instant::now();
     let mut file = LogitsFile::create(&args.out, ids.len(), vocab)

@@ -1,6 +1,9 @@
 //! Paged attention over mixed prefill and decode rows: cuts a step into tiles and runs them on the pool.
 
 mod kernel;
+mod tile;
+mod tile_bf16;
+mod tile_f32;
 #[cfg(test)]
 mod tests;
 

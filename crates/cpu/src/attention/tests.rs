@@ -54,6 +54,7 @@ struct Case {
     chunking: Option<Chunking>,
     block_size: usize,
     scale: f64,
+    dtype: DType,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -70,6 +71,7 @@ impl Case {
             chunking: chunking.map(|(chunk_size, local_size)| Chunking { chunk_size, local_size }),
             block_size,
             scale: 1.3 / (dim as f64).sqrt(),
+            dtype: DType::F32,
             q: lcg(n * heads * dim, 1),
             k: lcg(n * kv_heads * dim, 2),
             v: lcg(n * kv_heads * dim, 3),
@@ -127,10 +129,10 @@ impl Case {
             head_dim: self.dim,
             block_size: self.block_size,
             blocks: blocks + 2,
-            dtype: DType::F32,
+            dtype: self.dtype,
         })
         .unwrap();
-        kv.poison(f32::NAN);
+        kv.poison();
         let table: Vec<u32> = (0..blocks).map(|b| ((b * 7 + 3) % (blocks + 2)) as u32).collect();
         let distinct: std::collections::HashSet<_> = table.iter().collect();
         let table = if distinct.len() == table.len() { table } else { (0..blocks as u32).rev().collect() };
@@ -186,9 +188,11 @@ impl Case {
             for h in 0..self.heads {
                 let (expected, _) = self.reference(i, h);
                 let got = &whole[(i * self.heads + h) * self.dim..][..self.dim];
+                // bf16: rounded q, k, v and weights of magnitude about 1.
+                let tolerance = if self.dtype == DType::BF16 { 2e-2 } else { 2e-5 };
                 for (g, e) in got.iter().zip(&expected) {
                     assert!(
-                        (f64::from(*g) - e).abs() < 2e-5,
+                        (f64::from(*g) - e).abs() < tolerance,
                         "{isa} n {} dim {} block {} {:?} row {i} head {h}: {g} is not {e}",
                         self.n,
                         self.dim,
@@ -258,7 +262,10 @@ fn every_boundary_matches_the_reference() {
                 if chunking.is_some_and(|(c, w): (u32, u32)| (c - w) as usize % block_size != 0) {
                     continue;
                 }
-                Case::new(83, (3, 1, 10), chunking, block_size).check(isa, (0..83).step_by(9));
+                let mut case = Case::new(83, (3, 1, 10), chunking, block_size);
+                case.check(isa, (0..83).step_by(9));
+                case.dtype = DType::BF16;
+                case.check(isa, 0..83);
             }
         }
     }
@@ -269,7 +276,10 @@ fn head_sizes_and_groups_match_the_reference() {
     for isa in Isa::available() {
         for (heads, kv_heads, dim) in [(7, 1, 64), (8, 1, 128), (2, 2, 32), (28, 4, 8), (5, 1, 96), (1, 1, 2), (6, 2, 80)] {
             Case::new(130, (heads, kv_heads, dim), Some((80, 16)), 64).check(isa, [0, 63, 64, 79, 80, 96, 127, 128, 129].into_iter());
-            Case::new(70, (heads, kv_heads, dim), None, 64).check(isa, [0, 1, 47, 63, 64, 69].into_iter());
+            let mut plain = Case::new(70, (heads, kv_heads, dim), None, 64);
+            plain.check(isa, [0, 1, 47, 63, 64, 69].into_iter());
+            plain.dtype = DType::BF16;
+            plain.check(isa, 0..70);
         }
     }
 }
@@ -278,8 +288,11 @@ fn head_sizes_and_groups_match_the_reference() {
 #[test]
 fn chunked_prefill_and_decode_are_bit_identical_to_one_step() {
     for isa in Isa::available() {
-        for chunking in [None, Some((80, 16))] {
-            let case = Case::new(300, (4, 2, 32), chunking, 64);
+        for (chunking, dtype) in
+            [(None, DType::F32), (Some((80, 16)), DType::F32), (None, DType::BF16), (Some((80, 16)), DType::BF16)]
+        {
+            let mut case = Case::new(300, (4, 2, 32), chunking, 64);
+            case.dtype = dtype;
             let rope = case.rope();
             let (kv, table) = case.pool(&rope);
             let whole = case.run(isa, &kv, &rope, &table, 0..300);

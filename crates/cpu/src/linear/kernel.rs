@@ -2,6 +2,8 @@
 //!
 //! Every output is one chain of multiply-adds over `in` in ascending order, whatever `MR`, `NV` or the blocking above:
 //! that alone makes a row's result independent of the batch it is computed in.
+//!
+//! No closures here (see [`SimdOp`](crate::simd::SimdOp)).
 use half::f16;
 
 use crate::matrix::PANEL;
@@ -88,17 +90,26 @@ impl Kind for WideBf16 {
         w: &[*const u8; GROUP],
         offset: usize,
     ) {
-        let pairs = std::array::from_fn::<_, NV, _>(|v| {
+        let mut pairs = [s.splat_pair(0); NV];
+        for (v, pairs) in pairs.iter_mut().enumerate() {
             let (panel, lane) = place::<S>(v);
             // SAFETY: the caller grants the step of every panel of the tile.
-            unsafe { s.load_pairs_ptr(w[panel].add(offset).cast::<u32>().add(lane)) }
-        });
-        // SAFETY: the caller grants the first activation of every row.
-        unsafe { multiply(s, acc, a, lda, pairs.map(|w| s.first(w))) };
-        if !HALF {
-            // SAFETY: and the second one.
-            unsafe { multiply(s, acc, a.add(1), lda, pairs.map(|w| s.second(w))) };
+            *pairs = unsafe { s.load_pairs_ptr(w[panel].add(offset).cast::<u32>().add(lane)) };
         }
+        let mut w = [s.splat(0.0); NV];
+        for (w, &pairs) in w.iter_mut().zip(&pairs) {
+            *w = s.first(pairs);
+        }
+        // SAFETY: the caller grants the first activation of every row.
+        unsafe { multiply(s, acc, a, lda, w) };
+        if HALF {
+            return;
+        }
+        for (w, &pairs) in w.iter_mut().zip(&pairs) {
+            *w = s.second(pairs);
+        }
+        // SAFETY: and the second one.
+        unsafe { multiply(s, acc, a.add(1), lda, w) };
     }
 }
 
@@ -116,11 +127,12 @@ impl Kind for DotBf16 {
         w: &[*const u8; GROUP],
         offset: usize,
     ) {
-        let pairs = std::array::from_fn::<_, NV, _>(|v| {
+        let mut pairs = [s.splat_pair(0); NV];
+        for (v, pairs) in pairs.iter_mut().enumerate() {
             let (panel, lane) = place::<S>(v);
             // SAFETY: the caller grants the step of every panel of the tile.
-            unsafe { s.load_pairs_ptr(w[panel].add(offset).cast::<u32>().add(lane)) }
-        });
+            *pairs = unsafe { s.load_pairs_ptr(w[panel].add(offset).cast::<u32>().add(lane)) };
+        }
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: the caller grants one pair of every row.
             let x = s.splat_pair(unsafe { *a.add(r * lda) });
@@ -145,13 +157,14 @@ impl Kind for WideF16 {
         w: &[*const u8; GROUP],
         offset: usize,
     ) {
-        let w = std::array::from_fn::<_, NV, _>(|v| {
+        let mut values = [s.splat(0.0); NV];
+        for (v, values) in values.iter_mut().enumerate() {
             let (panel, lane) = place::<S>(v);
             // SAFETY: the caller grants the step of every panel of the tile.
-            unsafe { s.load_f16_ptr(w[panel].add(offset).cast::<f16>().add(lane)) }
-        });
+            *values = unsafe { s.load_f16_ptr(w[panel].add(offset).cast::<f16>().add(lane)) };
+        }
         // SAFETY: the caller grants one activation of every row.
-        unsafe { multiply(s, acc, a, lda, w) };
+        unsafe { multiply(s, acc, a, lda, values) };
     }
 }
 
@@ -169,13 +182,14 @@ impl Kind for PlainF32 {
         w: &[*const u8; GROUP],
         offset: usize,
     ) {
-        let w = std::array::from_fn::<_, NV, _>(|v| {
+        let mut values = [s.splat(0.0); NV];
+        for (v, values) in values.iter_mut().enumerate() {
             let (panel, lane) = place::<S>(v);
             // SAFETY: the caller grants the step of every panel of the tile.
-            unsafe { s.load_ptr(w[panel].add(offset).cast::<f32>().add(lane)) }
-        });
+            *values = unsafe { s.load_ptr(w[panel].add(offset).cast::<f32>().add(lane)) };
+        }
         // SAFETY: the caller grants one activation of every row.
-        unsafe { multiply(s, acc, a, lda, w) };
+        unsafe { multiply(s, acc, a, lda, values) };
     }
 }
 
@@ -194,8 +208,6 @@ pub(super) struct Block<K: Kind> {
     /// Where the sums go. May be `from`.
     pub(super) to: (*mut f32, usize),
     pub(super) rows: usize,
-    /// How far beyond `w` the weights begin that are wanted after this block, and their bytes a panel (0: none).
-    pub(super) next: (usize, usize),
 }
 
 impl<K: Kind> Block<K> {
@@ -231,7 +243,6 @@ impl<K: Kind> Block<K> {
         let mut row = 0;
         while row < self.rows {
             let left = (self.rows - row).min(TILE_ROWS);
-            self.prefetch(s, row, left);
             // SAFETY: `row + left <= rows`.
             unsafe {
                 match left {
@@ -247,33 +258,13 @@ impl<K: Kind> Block<K> {
         }
     }
 
-    /// Asks for what the tile at `row` does not need yet, but the next ones do: the activations of the next tile, whose
-    /// short runs per row the hardware does not foresee, and this tile's share of the next block's weights.
-    #[inline(always)]
-    fn prefetch<S: Simd>(&self, s: S, row: usize, rows: usize) {
-        const LINE: usize = 64;
-        let run = self.steps * K::STEP_ACTS * size_of::<K::Act>();
-        for r in row + rows..(row + rows + TILE_ROWS).min(self.rows) {
-            let a = self.a.0.wrapping_add(r * self.a.1).cast::<u8>();
-            for at in (0..run).step_by(LINE) {
-                s.prefetch(a.wrapping_add(at));
-            }
-        }
-        let (from, bytes) = self.next;
-        let share = |row: usize| (bytes * row / self.rows).next_multiple_of(LINE);
-        for at in (share(row)..share(row + rows)).step_by(LINE) {
-            for w in &self.w[..self.panels] {
-                s.prefetch_l2(w.wrapping_add(from + at));
-            }
-        }
-    }
-
     /// # Safety
     /// As [`Block::columns`], with `row + MR <= rows`.
     #[inline(always)]
     unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(&self, s: S, row: usize, first: usize) {
-        let w: [*const u8; GROUP] =
-            std::array::from_fn(|p| if first + p < GROUP { self.w[first + p] } else { self.w[0] });
+        // Panel `first` in front; the tile reaches no further than `panels`.
+        let mut w = self.w;
+        w.rotate_left(first);
         let lda = self.a.1;
         let mut acc = [[s.splat(0.0); NV]; MR];
         // SAFETY: rows `row .. row + MR` and the tile's panels are inside the block, which the caller vouches for.

@@ -1,4 +1,4 @@
-//! Activations as bf16 pairs, rounded once per call.
+//! Activations rounded to bf16, once per call.
 use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
@@ -7,12 +7,18 @@ use crate::simd::{Isa, Simd, SimdOp};
 
 /// `x` rounded to bf16 (nearest, ties to even; NaN stays NaN), as the upper half of the returned word.
 #[inline(always)]
-fn round(x: f32) -> u32 {
+pub(crate) fn round(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
     // Rounding could carry a NaN's payload into infinity: keep its upper half and make it quiet.
     let nan = bits | 0x0040_0000;
     (if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }) & 0xffff_0000
+}
+
+/// `a` and `b` rounded to bf16, `a` in the low half.
+#[inline(always)]
+pub(crate) fn pair(a: f32, b: f32) -> u32 {
+    round(a) >> 16 | round(b)
 }
 
 /// Rows of `cols` values as rows of pairs, the first of a pair in the low half; an odd last value is paired with 0.
@@ -28,7 +34,7 @@ impl SimdOp for RoundRow<'_> {
     fn run<S: Simd>(self, _: S) {
         let (whole, rest) = self.x.as_chunks::<2>();
         for (pair, &[a, b]) in self.pairs.iter_mut().zip(whole) {
-            pair.write(round(a) >> 16 | round(b));
+            pair.write(self::pair(a, b));
         }
         if let (&[a], Some(pair)) = (rest, self.pairs.get_mut(whole.len())) {
             pair.write(round(a) >> 16);
@@ -48,6 +54,33 @@ pub(super) fn round_rows(isa: Isa, x: &[f32], cols: usize, stride: usize, parall
         x.chunks(cols).zip(pairs.chunks_mut(stride)).for_each(one);
     }
     pairs
+}
+
+struct RoundValues<'a>(&'a [f32], &'a mut [MaybeUninit<f32>]);
+
+impl SimdOp for RoundValues<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for (&x, rounded) in self.0.iter().zip(self.1) {
+            rounded.write(f32::from_bits(round(x)));
+        }
+    }
+}
+
+/// Every value of `x` rounded to bf16, as f32.
+pub(super) fn round_values(isa: Isa, x: &[f32], parallel: bool) -> Vec<MaybeUninit<f32>> {
+    const CHUNK: usize = 1 << 14;
+    let mut rounded = Vec::with_capacity(x.len());
+    rounded.resize(x.len(), MaybeUninit::uninit());
+    let one = |(x, y): (&[f32], &mut [MaybeUninit<f32>])| isa.dispatch(RoundValues(x, y));
+    if parallel {
+        x.par_chunks(CHUNK).zip(rounded.par_chunks_mut(CHUNK)).for_each(one);
+    } else {
+        one((x, &mut rounded));
+    }
+    rounded
 }
 
 #[cfg(test)]

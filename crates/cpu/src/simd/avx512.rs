@@ -163,6 +163,25 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn store_pairs(self, low: __m512, high: __m512, p: &mut [u32]) {
+        let p = &mut p[..16];
+        if BF16 {
+            // SAFETY: `BF16` proves AVX512-BF16; `p` holds 16 words.
+            unsafe {
+                let pairs = _mm512_cvtne2ps_pbh(high, low);
+                _mm512_storeu_si512(p.as_mut_ptr().cast(), std::mem::transmute::<__m512bh, __m512i>(pairs));
+            }
+        } else {
+            let mut values = [0.0; 32];
+            self.store(low, &mut values);
+            self.store(high, &mut values[16..]);
+            for (pair, [a, b]) in p.iter_mut().zip(values.as_chunks::<2>().0) {
+                *pair = crate::linear::pair(*a, *b);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn dot_pairs(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
         if BF16 {
             // SAFETY: `BF16` proves AVX512-BF16; `__m512i` and `__m512bh` are the same 64 bytes.

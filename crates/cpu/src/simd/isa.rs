@@ -36,7 +36,12 @@ fn names(isas: &[Isa]) -> String {
     isas.iter().map(Isa::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// A kernel, generic over the instruction set. Mark `run` `#[inline(always)]`, or its intrinsics will not inline.
+/// A kernel, generic over the instruction set.
+///
+/// Mark `run`, and every function below it that takes an `S`, `#[inline(always)]`, and call [`Simd`] methods from loops,
+/// not from closures (`map`, `from_fn`, ...): what is not inlined into the entry point is compiled without the ISA's
+/// features, where every intrinsic is a function call, some 20 times slower. A closure cannot be marked, and whether it
+/// is inlined changes with unrelated code.
 pub trait SimdOp {
     /// What the kernel returns.
     type Output;

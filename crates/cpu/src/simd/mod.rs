@@ -104,6 +104,21 @@ pub unsafe trait Simd: Copy + Send + Sync + std::fmt::Debug + 'static {
         self.mul_add(self.second(a), self.second(b), acc)
     }
 
+    /// Rounds `low` then `high` to bf16 (nearest, ties to even) and writes them to the front of `p` as `LANES` pairs of
+    /// neighbours. Subnormals may be flushed.
+    ///
+    /// # Panics
+    /// When `p` is shorter than `LANES`.
+    #[inline(always)]
+    fn store_pairs(self, low: Self::F32, high: Self::F32, p: &mut [u32]) {
+        let mut values = [0.0; 32];
+        self.store(low, &mut values);
+        self.store(high, &mut values[Self::LANES..]);
+        for (pair, [a, b]) in p[..Self::LANES].iter_mut().zip(values.as_chunks::<2>().0) {
+            *pair = crate::linear::pair(*a, *b);
+        }
+    }
+
     /// `LANES` values from the front of `s`.
     ///
     /// # Panics
