@@ -42,6 +42,31 @@ impl StepInputs {
         self.sequences.iter().flat_map(|s| s.first_position() as u32..s.kv_len as u32).collect()
     }
 
+    /// The same step reduced to its logit rows, for the last layer: what the other rows would compute there is read by
+    /// nobody. `None` when the logit rows of a sequence are not its last ones.
+    pub fn logit_tail(&self) -> Option<StepInputs> {
+        let mut tail = StepInputs::default();
+        let mut wanted = self.logit_rows.as_slice();
+        let mut first_row = 0;
+        for sequence in &self.sequences {
+            let end = first_row + sequence.rows;
+            let rows = wanted.partition_point(|&r| r < end);
+            let (ours, later) = wanted.split_at(rows);
+            if !ours.iter().copied().eq(end - rows..end) {
+                return None;
+            }
+            if rows > 0 {
+                tail.ids.extend(self.ids.get(end - rows..end)?);
+                tail.logit_scales.extend(self.logit_scales.get(end - rows..end)?);
+                tail.sequences.push(SequenceInputs { rows, ..sequence.clone() });
+            }
+            wanted = later;
+            first_row = end;
+        }
+        tail.logit_rows = (0..tail.ids.len()).collect();
+        Some(tail)
+    }
+
     /// Checks that the plan is consistent in itself and with the KV pool, so that devices need not.
     ///
     /// # Errors
@@ -113,6 +138,22 @@ mod tests {
     fn positions_follow_the_sequences() {
         assert_eq!(step().positions(), [16, 17, 0]);
         step().check(&LAYOUT).unwrap();
+    }
+
+    #[test]
+    fn the_tail_is_the_logit_rows_at_their_positions() {
+        let tail = step().logit_tail().unwrap();
+        assert_eq!(tail.ids, [6, 7]);
+        assert_eq!(tail.positions(), [17, 0]);
+        assert_eq!(tail.logit_rows, [0, 1]);
+        tail.check(&LAYOUT).unwrap();
+        let only_decode = StepInputs { logit_rows: vec![2], ..step() };
+        assert_eq!(only_decode.logit_tail().unwrap().ids, [7]);
+        let whole = StepInputs { logit_rows: vec![0, 1, 2], ..step() };
+        assert_eq!(whole.logit_tail().unwrap(), whole);
+        // Row 0 of a sequence of two is not its last row.
+        assert_eq!(StepInputs { logit_rows: vec![0, 2], ..step() }.logit_tail(), None);
+        assert_eq!(StepInputs { logit_rows: vec![], ..step() }.logit_tail().unwrap().rows(), 0);
     }
 
     #[test]

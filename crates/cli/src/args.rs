@@ -22,6 +22,7 @@ pub enum Command {
     Generate(GenerateArgs),
     Logits(LogitsArgs),
     Models(ModelsArgs),
+    Needle(NeedleArgs),
     Tokenize(TokenizeArgs),
 }
 
@@ -50,8 +51,8 @@ pub struct ModelArgs {
     pub max_model_len: Option<usize>,
     /// How to read beyond the trained window: dca, yarn or none [default: what the checkpoint says, else dca as soon as
     /// the context exceeds the window]
-    #[arg(long, value_name = "dca|yarn|none")]
-    pub long_context: Option<LongContext>,
+    #[arg(long, value_name = "dca|yarn|none", value_delimiter = ',')]
+    pub long_context: Vec<LongContext>,
     /// Never use the network
     #[arg(long, env = "LONGHAUL_OFFLINE")]
     pub offline: bool,
@@ -66,6 +67,12 @@ impl ModelArgs {
     /// # Errors
     /// A model name that means nothing.
     pub fn loader(&self, auto: Precision) -> Result<Loader, EngineError> {
+        if self.long_context.len() > 1 {
+            return Err(EngineError::Parameter {
+                name: "--long-context",
+                message: "takes one mode here; needle compares several".into(),
+            });
+        }
         Ok(Loader {
             model: ModelRef::parse(&self.model)?,
             load_format: match self.load_format {
@@ -83,7 +90,7 @@ impl ModelArgs {
             },
             threads: self.threads,
             max_model_len: self.max_model_len,
-            long_context: self.long_context,
+            long_context: self.long_context.first().copied(),
             dummy_seed: self.dummy_seed,
             offline: self.offline,
         })
@@ -269,6 +276,56 @@ pub struct ModelsArgs {
     /// A JSON array on stdout
     #[arg(long)]
     pub json: bool,
+}
+
+/// Needle in a haystack: lengths × depths, as a heat map, for one or several long-context modes
+#[derive(Debug, Args)]
+#[command(after_help = "Example: longhaul needle --lengths 768,1536,3072,6144 --long-context none,dca --out needle")]
+pub struct NeedleArgs {
+    /// Prompt lengths in tokens [default: 1, 2, 4 and 8 times the trained window, as far as the model goes]
+    #[arg(long, value_parser = token_count, value_delimiter = ',', value_name = "TOKENS,…")]
+    pub lengths: Vec<usize>,
+    /// Depths of the needle in percent
+    #[arg(long, value_delimiter = ',', default_value = "0,10,20,30,40,50,60,70,80,90,100", value_name = "PERCENT,…")]
+    pub depths: Vec<f32>,
+    /// Needles per length and depth, each in another stretch of the haystack
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub instances: usize,
+    /// Text to hide the needle in [default: a built-in novel]
+    #[arg(long, value_name = "FILE")]
+    pub haystack: Option<PathBuf>,
+    /// The sentence to hide; {city} and {code} stand for a name and a number drawn per cell
+    #[arg(long, value_name = "TEXT")]
+    pub needle: Option<String>,
+    /// The question
+    #[arg(long, value_name = "TEXT")]
+    pub question: Option<String>,
+    /// What the answer must contain; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub expect: Vec<String>,
+    /// Ask every question without its needle too: shows that the answer cannot be guessed
+    #[arg(long)]
+    pub control: bool,
+    /// Most tokens of an answer
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    pub max_tokens: usize,
+    /// Seed of names, numbers and stretches
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub seed: u64,
+    /// Tokens of a prefill step [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub chunk: Option<usize>,
+    /// Folder for results.jsonl, report.json, needle.html and needle.svg; an interrupted run continues here
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Start over in a folder that holds another run
+    #[arg(long, requires = "out")]
+    pub overwrite: bool,
+    /// The report as one JSON object on stdout instead of the heat map
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// Text to token ids

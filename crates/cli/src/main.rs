@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Models(args) => commands::models::run(&args),
+        Command::Needle(args) => commands::needle::run(&args),
         Command::Tokenize(args) => commands::tokenize::tokenize(&args),
     };
     match result {

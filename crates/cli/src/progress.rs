@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use longhaul_engine::{Engine, Loader, Observer};
+use longhaul_engine::{Engine, EngineError, Loader, Observer};
 
 use crate::output;
 
@@ -17,13 +17,18 @@ fn bar(template: &str) -> ProgressBar {
 
 /// Loads a model behind a progress bar.
 pub fn load(loader: &Loader) -> anyhow::Result<Engine> {
+    Ok(load_engine(loader)?)
+}
+
+/// [`load`] with the engine's own error.
+pub fn load_engine(loader: &Loader) -> Result<Engine, EngineError> {
     let bar = bar("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}");
     let engine = loader.load(&mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });
     bar.finish_and_clear();
-    Ok(engine?)
+    engine
 }
 
 /// Shows prefill as a bar on stderr and streams text to stdout.

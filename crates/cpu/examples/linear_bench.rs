@@ -113,7 +113,9 @@ fn random_matrix(dtype: DType, rows: usize, cols: usize) -> Matrix {
     let start = Instant::now();
     let matrix = Matrix::pack(&[tensor]).expect("enough memory");
     let gb = matrix.bytes() as f64 / 1e9;
-    if rows > 100_000 { println!("packed {matrix:?} at {:.1} GB/s", gb / start.elapsed().as_secs_f64()); }
+    if rows > 100_000 {
+        println!("packed {matrix:?} at {:.1} GB/s", gb / start.elapsed().as_secs_f64());
+    }
     matrix
 }
 
@@ -137,7 +139,13 @@ fn run(isa: Isa, rows: &[usize]) {
         peaks[1] / 1e9,
         read / 1e9
     );
-    let shapes = [("qkv", 1152, 896), ("o", 896, 896), ("gate_up", 9728, 896), ("down", 896, 4864), ("lm_head", 151_936, 896)];
+    let shapes = [
+        ("qkv", 1152, 896),
+        ("o", 896, 896),
+        ("gate_up", 9728, 896),
+        ("down", 896, 4864),
+        ("lm_head", 151_936, 896),
+    ];
     for (name, out, cols) in shapes {
         let matrix = random_matrix(DType::BF16, out, cols);
         // Copies enough to leave the caches between decode steps, as the layers of a model do.

@@ -242,7 +242,10 @@ mod tests {
                 for split in [(1, 0), (1, 1), (3, 13), (16, 16), (15, 18), (40, 9)] {
                     let parts = [tensor(dtype, split.0, cols, 1), tensor(dtype, split.1, cols, 2)];
                     let matrix = Matrix::pack(&parts).unwrap();
-                    assert_eq!((matrix.rows(), matrix.cols(), matrix.dtype()), (split.0 + split.1, cols, dtype));
+                    assert_eq!(
+                        (matrix.rows(), matrix.cols(), matrix.dtype()),
+                        (split.0 + split.1, cols, dtype)
+                    );
                     let expected: Vec<f32> = parts.iter().flat_map(|p| p.to_f32()).collect();
                     for r in 0..matrix.rows() {
                         let mut row = vec![f32::NAN; cols];
@@ -258,7 +261,8 @@ mod tests {
     fn the_layout_is_pairs_of_inputs_by_sixteen_outputs() {
         let values: Vec<f32> = (0..17 * 3).map(|v| v as f32).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
-        let matrix = Matrix::pack(&[HostTensor::new(DType::BF16, vec![17, 3], bytes.into()).unwrap()]).unwrap();
+        let matrix =
+            Matrix::pack(&[HostTensor::new(DType::BF16, vec![17, 3], bytes.into()).unwrap()]).unwrap();
         assert_eq!(matrix.bytes(), 2 * 2 * 64);
         let at = |p: usize, i: usize| cast_slice::<u8, half::bf16>(matrix.panel(p))[i].to_f32();
         // [step 0][output 5] = elements 0 and 1 of row 5; [step 1] = element 2 and padding.

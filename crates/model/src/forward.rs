@@ -162,40 +162,49 @@ impl<B: Backend> Model<B> {
     /// Runs one step: writes the rows' K and V to `kv` and returns the logits `[logit_rows, vocab]` of the rows that
     /// want them (`None` if none does).
     ///
+    /// In the last layer only K and V are needed of the rows without logits, so everything after them runs on the logit
+    /// rows alone.
+    ///
     /// # Errors
     /// An inconsistent step, or the device's.
     pub fn forward(&self, inputs: StepInputs, kv: &mut B::KvCache) -> Result<Option<B::Tensor>> {
         let b = &self.backend;
         let wants_logits = !inputs.logit_rows.is_empty();
+        let tail = inputs.logit_tail().filter(|tail| tail.rows() < inputs.rows());
         let step = b.begin_step(inputs, kv)?;
+        let last = self.layers.len().saturating_sub(1);
         let mut x = b.embed(&self.embedding, &step)?;
         let mut residual = None;
+        let mut narrowed = None;
         for (index, layer) in self.layers.iter().enumerate() {
-            let (normed, stream) = b.add_rms_norm(x, residual, &layer.input_norm, self.eps)?;
+            let (normed, mut stream) = b.add_rms_norm(x, residual, &layer.input_norm, self.eps)?;
             let qkv = b.linear(&normed, &layer.qkv)?;
-            let q = b.rope_and_cache(qkv, &self.rope, &step, kv, index)?;
-            let attended = b.attention(&q, &self.rope, &step, kv, index)?;
+            let mut q = b.rope_and_cache(qkv, &self.rope, &step, kv, index)?;
+            if index == last {
+                if !wants_logits {
+                    return Ok(None);
+                }
+                if let Some(tail) = &tail {
+                    q = b.logit_rows(&q, &step)?;
+                    stream = b.logit_rows(&stream, &step)?;
+                    narrowed = Some(b.begin_step(tail.clone(), kv)?);
+                }
+            }
+            let step = narrowed.as_ref().unwrap_or(&step);
+            let attended = b.attention(&q, &self.rope, step, kv, index)?;
             let attended = b.all_reduce(b.linear(&attended, &layer.output)?)?;
             let (normed, stream) =
                 b.add_rms_norm(attended, Some(stream), &layer.post_attention_norm, self.eps)?;
             let mixed = match &layer.mlp {
-                Mlp::Dense { gate_up, down } => {
-                    let activated = b.linear_silu_and_mul(&normed, gate_up)?;
-                    b.linear(&activated, down)?
-                }
+                Mlp::Dense { gate_up, down } => b.linear(&b.linear_silu_and_mul(&normed, gate_up)?, down)?,
                 Mlp::Sparse(moe) => b.moe(&normed, moe)?,
             };
             x = b.all_reduce(mixed)?;
             residual = Some(stream);
         }
-        if !wants_logits {
-            return Ok(None);
-        }
-        let x = b.logit_rows(&x, &step)?;
-        let residual = match &residual {
-            Some(stream) => Some(b.logit_rows(stream, &step)?),
-            None => None,
-        };
+        let step = narrowed.as_ref().unwrap_or(&step);
+        let x = b.logit_rows(&x, step)?;
+        let residual = residual.map(|stream| b.logit_rows(&stream, step)).transpose()?;
         let (normed, _) = b.add_rms_norm(x, residual, &self.norm, self.eps)?;
         Ok(Some(b.linear(&normed, &self.lm_head)?))
     }

@@ -6,6 +6,7 @@ pub mod chat;
 pub mod generate;
 pub mod logits;
 pub mod models;
+pub mod needle;
 pub mod tokenize;
 
 use std::path::Path;

@@ -37,70 +37,110 @@ impl Default for Scratch {
     }
 }
 
+/// How closely `2^x` is computed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Exp {
+    /// Within 2 ulp (polynomial of Cephes `exp2f`).
+    F32,
+    /// Within 7.5e-5: weights that are rounded to bf16 (2^-9) need no more.
+    Bf16,
+}
+
 /// Turns a row of scores into weights `2^(score - m)`, with the running maximum, sum and output brought to the new `m`.
+///
+/// Row `r` of `rows` sees the first `visible` of `padded` keys; weights of the others become 0.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 pub(super) fn softmax_row<S: Simd>(
     s: S,
+    exp: Exp,
     scores: &mut [f32; KEYS],
-    visible: usize,
-    padded: usize,
+    (visible, padded): (usize, usize),
     r: usize,
-    m: &mut [f32],
-    l: &mut [f32],
-    o: &mut [f32],
+    rows: &mut Rows<'_>,
     value_stride: usize,
 ) {
-    let masked = visible < padded;
-    if masked {
+    if visible < padded {
         scores[visible..padded].fill(f32::NEG_INFINITY);
     }
-    let mut top = s.load(&scores[..]);
-    for key in (S::LANES..padded).step_by(S::LANES) {
+    // The usual case is a whole block: a constant length unrolls.
+    let m = if padded == KEYS {
+        update_maximum(s, &scores[..], r, rows, value_stride)
+    } else {
+        update_maximum(s, &scores[..padded], r, rows, value_stride)
+    };
+    let sums = &mut rows.l[r * 16..][..16];
+    if padded == KEYS {
+        weigh(s, exp, &mut scores[..], visible, m, sums);
+    } else {
+        weigh(s, exp, &mut scores[..padded], visible, m, sums);
+    }
+}
+
+/// The row's new maximum; its sum and output are scaled to it.
+#[inline(always)]
+fn update_maximum<S: Simd>(s: S, scores: &[f32], r: usize, rows: &mut Rows<'_>, value_stride: usize) -> S::F32 {
+    let mut top = s.load(scores);
+    for key in (S::LANES..scores.len()).step_by(S::LANES) {
         top = s.max(s.load(&scores[key..]), top);
     }
-    let old = m[r];
+    let old = rows.m[r];
+    // Mostly the maximum stands, and one comparison says so.
+    if !s.any_greater(top, s.splat(old)) {
+        return s.splat(old);
+    }
     let new = old.max(s.reduce_max(top));
-    m[r] = new;
-    let shift = s.splat(new);
-    let lanes = &mut l[r * 16..][..16];
-    if new != old {
-        let factor = s.splat((old - new).exp2());
-        for at in (0..16).step_by(S::LANES) {
-            let v = s.mul(s.load(&lanes[at..]), factor);
-            s.store(v, &mut lanes[at..]);
-        }
-        let row = &mut o[r * value_stride..][..value_stride];
-        for at in (0..value_stride).step_by(S::LANES) {
-            let v = s.mul(s.load(&row[at..]), factor);
-            s.store(v, &mut row[at..]);
+    rows.m[r] = new;
+    let factor = s.splat((old - new).exp2());
+    for values in [&mut rows.l[r * 16..][..16], &mut rows.o[r * value_stride..][..value_stride]] {
+        for at in (0..values.len()).step_by(S::LANES) {
+            let v = s.mul(s.load(&values[at..]), factor);
+            s.store(v, &mut values[at..]);
         }
     }
-    for key in (0..padded).step_by(S::LANES) {
-        let p = exp2_of_negative(s, s.sub(s.load(&scores[key..]), shift));
+    s.splat(new)
+}
+
+/// Scores to weights, and the weights onto the sums by lane.
+#[inline(always)]
+fn weigh<S: Simd>(s: S, exp: Exp, scores: &mut [f32], visible: usize, m: S::F32, sums: &mut [f32]) {
+    for key in (0..scores.len()).step_by(S::LANES) {
+        let p = exp2_of_negative(s, exp, s.sub(s.load(&scores[key..]), m));
         s.store(p, &mut scores[key..]);
     }
-    if masked {
-        scores[visible..padded].fill(0.0);
+    if visible < scores.len() {
+        scores[visible..].fill(0.0);
     }
-    for key in (0..padded).step_by(16) {
-        for at in (0..16).step_by(S::LANES) {
-            let v = s.add(s.load(&lanes[at..]), s.load(&scores[key + at..]));
-            s.store(v, &mut lanes[at..]);
+    for at in (0..16).step_by(S::LANES) {
+        let mut sum = s.load(&sums[at..]);
+        for key in (at..scores.len()).step_by(16) {
+            sum = s.add(sum, s.load(&scores[key..]));
         }
+        s.store(sum, &mut sums[at..]);
     }
 }
 
-/// `2^x` for `x <= 0` within 2 ulp; everything below -126 gives 2^-126. Polynomial of Cephes `exp2f`.
+/// `2^x` for `x <= 0`; everything below -126 gives 2^-126, NaN stays NaN.
 #[inline(always)]
-fn exp2_of_negative<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    let x = s.max(x, s.splat(-126.0));
+fn exp2_of_negative<S: Simd>(s: S, exp: Exp, x: S::F32) -> S::F32 {
+    // `max` returns its second operand when either is NaN.
+    let x = s.max(s.splat(-126.0), x);
     let n = s.round(x);
     let f = s.sub(x, n);
-    let mut p = s.splat(1.535_336_2e-4);
-    for c in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
-        p = s.mul_add(p, f, s.splat(c));
-    }
-    s.mul(p, s.exp2_int(n))
+    let p = match exp {
+        Exp::F32 => {
+            let mut p = s.splat(1.535_336_2e-4);
+            for c in [1.339_887_5e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+                p = s.mul_add(p, f, s.splat(c));
+            }
+            p
+        }
+        Exp::Bf16 => {
+            let mut p = s.splat(5.517_166e-2);
+            for c in [2.426_111_4e-1, 6.932_61e-1, 9.999_281e-1] {
+                p = s.mul_add(p, f, s.splat(c));
+            }
+            p
+        }
+    };
+    s.scale_exp2(p, n)
 }
-

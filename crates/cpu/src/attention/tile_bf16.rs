@@ -4,7 +4,7 @@
 //! (`vdpbf16ps` where the CPU has it).
 #![allow(unsafe_code)]
 
-use super::tile::{Geometry, KEYS, ROWS, Rows, Scratch, softmax_row};
+use super::tile::{Exp, Geometry, KEYS, ROWS, Rows, Scratch, softmax_row};
 use crate::simd::Simd;
 
 /// `count` (1 to [`ROWS`]) rows `q` `[count][head_dim / 2]` of pairs against the block `(k, v)`.
@@ -34,7 +34,7 @@ fn block_rows<S: Simd, const R: usize>(
     s: S,
     q: &[u32],
     (k, v): (&[u32], &[u32]),
-    rows: Rows<'_>,
+    mut rows: Rows<'_>,
     g: Geometry,
     scratch: &mut Scratch,
 ) {
@@ -56,7 +56,8 @@ fn block_rows<S: Simd, const R: usize>(
         key += 16;
     }
     for r in 0..R {
-        softmax_row(s, &mut scratch.scores[r], g.visible[r], padded, r, rows.m, rows.l, rows.o, g.value_stride);
+        let scores = &mut scratch.scores[r];
+        softmax_row(s, Exp::Bf16, scores, (g.visible[r], padded), r, &mut rows, g.value_stride);
         // Whole pairs of vectors: weights beyond `padded` are stale, and no key pair reads them.
         for key in (0..padded.next_multiple_of(2 * S::LANES)).step_by(2 * S::LANES) {
             let low = s.load(&scratch.scores[r][key..]);

@@ -1,7 +1,7 @@
 //! Rows of queries against one block of an f32 cache.
 #![allow(unsafe_code)]
 
-use super::tile::{Geometry, KEYS, ROWS, Rows, Scratch, softmax_row};
+use super::tile::{Exp, Geometry, KEYS, ROWS, Rows, Scratch, softmax_row};
 use crate::simd::Simd;
 
 /// `count` (1 to [`ROWS`]) rows `q` `[count][head_dim]` against the block `(k, v)`.
@@ -32,7 +32,7 @@ fn block_rows<S: Simd, const R: usize>(
     s: S,
     q: &[f32],
     (k, v): (&[f32], &[f32]),
-    rows: Rows<'_>,
+    mut rows: Rows<'_>,
     g: Geometry,
     scores: &mut [[f32; KEYS]; ROWS],
 ) {
@@ -55,7 +55,7 @@ fn block_rows<S: Simd, const R: usize>(
         key += 16;
     }
     for r in 0..R {
-        softmax_row(s, &mut scores[r], g.visible[r], padded, r, rows.m, rows.l, rows.o, g.value_stride);
+        softmax_row(s, Exp::F32, &mut scores[r], (g.visible[r], padded), r, &mut rows, g.value_stride);
     }
     let mut column = 0;
     if S::LANES == 16 {

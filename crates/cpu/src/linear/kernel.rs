@@ -7,7 +7,7 @@
 use half::f16;
 
 use crate::matrix::PANEL;
-use crate::simd::Simd;
+use crate::simd::{Isa, Simd, SimdOp};
 
 /// Panels of a full group; the widest tile covers them all.
 pub(super) const GROUP: usize = 4;
@@ -193,6 +193,20 @@ impl Kind for PlainF32 {
     }
 }
 
+/// A [`Block`] whose pointers somebody vouched for. It is dispatched by itself, and not inside a larger op, so that what
+/// surrounds it cannot disturb the allocation of registers.
+struct Run<K: Kind>(Block<K>);
+
+impl<K: Kind> SimdOp for Run<K> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // SAFETY: `Block::run` is the only one to make a `Run`, and its caller vouches for the pointers.
+        unsafe { self.0.run_with(s) };
+    }
+}
+
 /// A block of the product: rows of activations by one group of panels, over some steps.
 pub(super) struct Block<K: Kind> {
     /// First activation of the first row at the first step, and elements from row to row.
@@ -216,8 +230,14 @@ impl<K: Kind> Block<K> {
     /// # Safety
     /// For every row below `rows`: `steps` (and the half) of activations, `16 * panels` sums to read and to write; for
     /// every panel: `steps` (and the half) of weights. `to` aliases nothing but `from`.
+    pub(super) unsafe fn run(self, isa: Isa) {
+        isa.dispatch(Run(self));
+    }
+
+    /// # Safety
+    /// As [`Block::run`].
     #[inline(always)]
-    pub(super) unsafe fn run<S: Simd>(&self, s: S) {
+    unsafe fn run_with<S: Simd>(&self, s: S) {
         if S::LANES == PANEL && self.panels == GROUP {
             // SAFETY: 4 vectors of 16 lanes are the 4 panels granted by the caller.
             unsafe { self.columns::<S, 4>(s, 0) };

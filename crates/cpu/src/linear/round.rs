@@ -43,7 +43,13 @@ impl SimdOp for RoundRow<'_> {
 }
 
 /// All rows of `x` (`[m, cols]`) as pairs, `stride >= ceil(cols / 2)` words from row to row; words between are not written.
-pub(super) fn round_rows(isa: Isa, x: &[f32], cols: usize, stride: usize, parallel: bool) -> Vec<MaybeUninit<u32>> {
+pub(super) fn round_rows(
+    isa: Isa,
+    x: &[f32],
+    cols: usize,
+    stride: usize,
+    parallel: bool,
+) -> Vec<MaybeUninit<u32>> {
     let rows = x.len() / cols;
     let mut pairs = Vec::with_capacity(rows * stride);
     pairs.resize(rows * stride, MaybeUninit::uninit());
@@ -89,8 +95,10 @@ mod tests {
 
     #[test]
     fn rounding_is_that_of_half() {
-        let hostile = [0.0, -0.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE, 1e-45];
-        let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0xff80_0001, 0x7fff_ffff].map(f32::from_bits);
+        let hostile =
+            [0.0, -0.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE, 1e-45];
+        let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_7fff, 0x3f80_8001, 0xff80_0001, 0x7fff_ffff]
+            .map(f32::from_bits);
         let sweep = (0..20_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)));
         for x in hostile.into_iter().chain(ties).chain(sweep) {
             let ours = half::bf16::from_bits((round(x) >> 16) as u16);

@@ -3,13 +3,15 @@ use half::{bf16, f16};
 use longhaul_backend::HostTensor;
 use rayon::ThreadPoolBuilder;
 
+use super::task::TASK_ROWS;
 use super::*;
 
 /// Values in about [-1, 1), from a hash of the index.
 fn values(n: usize, salt: u64) -> Vec<f32> {
     (0..n as u64)
         .map(|i| {
-            let mut h = (i ^ salt << 40).wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mut h =
+                (i ^ salt << 40).wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             h = (h ^ h >> 31).wrapping_mul(0x94d0_49bb_1331_11eb);
             (h >> 40) as f32 / (1 << 23) as f32 - 1.0
         })
@@ -30,7 +32,9 @@ fn tensor(dtype: DType, rows: usize, cols: usize, salt: u64) -> HostTensor<'stat
 fn ways() -> Vec<(Gemm, DType)> {
     let mut ways = Vec::new();
     for isa in Isa::available() {
-        ways.extend([DType::F32, DType::F16, DType::BF16].map(|d| (Gemm { isa, precision: Precision::F32 }, d)));
+        ways.extend(
+            [DType::F32, DType::F16, DType::BF16].map(|d| (Gemm { isa, precision: Precision::F32 }, d)),
+        );
         ways.extend([DType::F16, DType::BF16].map(|d| (Gemm { isa, precision: Precision::Bf16 }, d)));
     }
     ways
@@ -73,7 +77,10 @@ fn guarded(len: usize, f: impl FnOnce(&mut [f32])) -> Vec<f32> {
     memory[..GUARD].fill(123.0);
     memory[GUARD + len..].fill(123.0);
     f(&mut memory[GUARD..GUARD + len]);
-    assert!(memory[..GUARD].iter().chain(&memory[GUARD + len..]).all(|&v| v == 123.0), "written out of bounds");
+    assert!(
+        memory[..GUARD].iter().chain(&memory[GUARD + len..]).all(|&v| v == 123.0),
+        "written out of bounds"
+    );
     memory[GUARD..GUARD + len].to_vec()
 }
 
@@ -177,7 +184,9 @@ fn check_invariance(
 fn a_row_has_the_same_bits_in_any_batch() {
     let bias = values(100, 6);
     // Long enough for several blocks of weights, odd, and with a partial panel.
-    check_invariance(83, 1537, 83, |gemm, x, m, w, out| gemm.linear(x, m, w, Some(&bias[..83]), out).unwrap());
+    check_invariance(83, 1537, 83, |gemm, x, m, w, out| {
+        gemm.linear(x, m, w, Some(&bias[..83]), out).unwrap()
+    });
 }
 
 #[test]

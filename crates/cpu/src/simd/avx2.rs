@@ -106,6 +106,12 @@ unsafe impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn any_greater(self, a: __m256, b: __m256) -> bool {
+        // SAFETY: the token proves AVX2.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0 }
+    }
+
+    #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: the token proves AVX2.
         unsafe { _mm256_max_ps(a, b) }

@@ -106,6 +106,18 @@ unsafe impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn any_greater(self, a: __m512, b: __m512) -> bool {
+        // SAFETY: the token proves AVX-512.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0 }
+    }
+
+    #[inline(always)]
+    fn scale_exp2(self, v: __m512, n: __m512) -> __m512 {
+        // SAFETY: the token proves AVX-512.
+        unsafe { _mm512_scalef_ps(v, n) }
+    }
+
+    #[inline(always)]
     fn max(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: the token proves AVX-512.
         unsafe { _mm512_max_ps(a, b) }

@@ -1,7 +1,7 @@
 //! One vector vocabulary for every instruction set: kernels are written once, generic over [`Simd`], and compiled per ISA.
 //!
 //! A kernel is a [`SimdOp`] whose `run` is `#[inline(always)]`; [`Isa::dispatch`] instantiates it inside a function
-//! with the ISA's `#[target_feature]`s, so every intrinsic inlines. A token ([`avx512::Avx512`], ...) is the proof that
+//! with the ISA's `#[target_feature]`s, so every intrinsic inlines. A token (`Avx512`, ...) is the proof that
 //! the CPU has the features: only `dispatch` makes one, after detection, which is why its methods are safe.
 #![allow(unsafe_code)]
 
@@ -85,6 +85,13 @@ pub unsafe trait Simd: Copy + Send + Sync + std::fmt::Debug + 'static {
     fn round(self, v: Self::F32) -> Self::F32;
     /// `2^n` for integral `n` in `-126..=127`.
     fn exp2_int(self, n: Self::F32) -> Self::F32;
+    /// Whether any lane of `a` exceeds that of `b`; a NaN exceeds nothing.
+    fn any_greater(self, a: Self::F32, b: Self::F32) -> bool;
+    /// `v * 2^n` for integral `n` in `-126..=127`; tiny results may be flushed.
+    #[inline(always)]
+    fn scale_exp2(self, v: Self::F32, n: Self::F32) -> Self::F32 {
+        self.mul(v, self.exp2_int(n))
+    }
     /// Sum of all lanes, as a balanced tree over halves.
     fn reduce_add(self, v: Self::F32) -> f32;
     /// Greatest lane. Unspecified (NaN or a lane) when a lane is NaN.

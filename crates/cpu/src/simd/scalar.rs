@@ -101,6 +101,11 @@ unsafe impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn any_greater(self, a: [f32; 8], b: [f32; 8]) -> bool {
+        a.iter().zip(&b).any(|(a, b)| a > b)
+    }
+
+    #[inline(always)]
     fn max(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }

@@ -113,13 +113,17 @@ impl SimdOp for Basics {
         s.store_partial(va, &mut part);
         assert_eq!(part, a[..3]);
         // 3 + 2 * 4 + 0.5 * -8, exact in bf16.
-        let pair = |x, y| u32::from(bf16::from_f32(x).to_bits()) | u32::from(bf16::from_f32(y).to_bits()) << 16;
+        let pair =
+            |x, y| u32::from(bf16::from_f32(x).to_bits()) | u32::from(bf16::from_f32(y).to_bits()) << 16;
         let dot = s.dot_pairs(s.splat(3.0), s.splat_pair(pair(2.0, 0.5)), s.splat_pair(pair(4.0, -8.0)));
         assert_eq!(lanes(dot), vec![7.0; S::LANES]);
         for x in [-80.0_f32, -3.0, 0.0, 0.7, 12.0, 60.0] {
             let exact = f64::from(x) / (1.0 + (-f64::from(x)).exp());
             let found = f64::from(lanes(s.silu(s.splat(x)))[0]);
-            assert!((found - exact).abs() <= 4.0 * f64::from(f32::EPSILON) * exact.abs(), "silu({x}) = {found:e}");
+            assert!(
+                (found - exact).abs() <= 4.0 * f64::from(f32::EPSILON) * exact.abs(),
+                "silu({x}) = {found:e}"
+            );
         }
         assert_eq!(lanes(s.silu(s.splat(-200.0)))[0], 0.0);
         S::LANES

@@ -1,0 +1,133 @@
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use longhaul_engine::{Generate, LongContext, Precision};
+use longhaul_longdoc::needle::{Cell, ModeInfo, NeedleConfig, NeedleObserver, NeedleOutput, Progress, run as run_needle};
+use longhaul_longdoc::render::{TerminalStyle, terminal};
+
+use crate::args::{ModelArgs, NeedleArgs};
+use crate::output;
+use crate::progress;
+
+/// *Pride and Prejudice*, public domain (`assets/README.md`).
+const HAYSTACK: &str = include_str!("../../../../assets/haystack.txt");
+
+/// `longhaul needle`
+pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
+    let single = |mode: Option<LongContext>| ModelArgs {
+        long_context: mode.into_iter().collect(),
+        ..args.model.clone()
+    };
+    let files = single(None).loader(Precision::Fastest)?.files()?;
+    let trained = files.spec.trained_window();
+    let limit = args.model.max_model_len.unwrap_or(files.spec.max_position_embeddings.max(trained));
+    let lengths = if args.lengths.is_empty() {
+        [1, 2, 4, 8].map(|n| n * trained).into_iter().filter(|l| l + args.max_tokens <= limit).collect()
+    } else {
+        args.lengths.clone()
+    };
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let modes = if args.model.long_context.is_empty() {
+        vec![LongContext::None, LongContext::Dca]
+    } else {
+        args.model.long_context.clone()
+    };
+    let (haystack, haystack_name) = match &args.haystack {
+        None => (HAYSTACK.to_owned(), "built-in".to_owned()),
+        Some(path) => (read(path)?, path.display().to_string()),
+    };
+    let defaults = NeedleConfig::default();
+    let config = NeedleConfig {
+        model: files.name,
+        lengths,
+        depths: args.depths.clone(),
+        modes,
+        haystack,
+        haystack_name,
+        needle: args.needle.clone().unwrap_or(defaults.needle),
+        question: args.question.clone().unwrap_or(defaults.question),
+        expect: if args.expect.is_empty() { defaults.expect } else { args.expect.clone() },
+        instances: args.instances,
+        seed: args.seed,
+        max_tokens: args.max_tokens,
+        control: args.control,
+        chunk: args.chunk,
+    };
+    let destination = args.out.clone().map(|dir| NeedleOutput { dir, overwrite: args.overwrite });
+    let mut open = |mode| {
+        let mut model = single(Some(mode));
+        model.max_model_len.get_or_insert(longest + args.max_tokens);
+        let engine = progress::load_engine(&model.loader(Precision::Fastest)?)?;
+        Ok(Box::new(engine) as Box<dyn Generate>)
+    };
+    let mut watcher = Watcher::new();
+    let report = run_needle(&config, destination.as_ref(), &mut open, &mut watcher)?;
+    watcher.bar.finish_and_clear();
+    if args.json {
+        output::json(&report)?;
+    } else {
+        let style = TerminalStyle { color: color(), width: width() };
+        output::line(terminal(&report, style).trim_end())?;
+    }
+    if let Some(dir) = &args.out {
+        eprintln!("wrote {}/needle.html, needle.svg, report.json", dir.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    String::from_utf8(bytes)
+        .map_err(|e| crate::exit::UsageError(format!("{} is not UTF-8 text: {}", path.display(), e.utf8_error())).into())
+}
+
+/// Colours on a terminal, unless NO_COLOR (no-color.org) is set.
+fn color() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+fn width() -> usize {
+    std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok()).unwrap_or(100)
+}
+
+/// A bar over all questions; its time left counts tokens, since long prompts take longer.
+struct Watcher {
+    bar: ProgressBar,
+    start: Instant,
+    found: usize,
+    asked: usize,
+}
+
+impl Watcher {
+    fn new() -> Self {
+        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg}") {
+            bar.set_style(style.progress_chars("━╸ "));
+        }
+        Self { bar, start: Instant::now(), found: 0, asked: 0 }
+    }
+}
+
+impl NeedleObserver for Watcher {
+    fn mode_started(&mut self, info: &ModeInfo, progress: &Progress) {
+        self.bar.set_prefix(info.mode.to_string());
+        self.bar.set_length(progress.total as u64);
+        self.bar.set_position(progress.done as u64);
+        (self.found, self.asked) = (0, 0);
+    }
+
+    fn cell_finished(&mut self, cell: &Cell, progress: &Progress) {
+        if !cell.control {
+            self.found += usize::from(cell.found);
+            self.asked += 1;
+        }
+        let rate = progress.tokens_done as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
+        let left = progress.tokens_left as f64 / rate.max(1e-9);
+        self.bar.set_position(progress.done as u64);
+        self.bar.set_message(format!("found {}/{}, {rate:.0} tok/s, ETA {left:.0} s", self.found, self.asked));
+    }
+}
