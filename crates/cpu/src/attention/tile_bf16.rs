@@ -107,18 +107,21 @@ fn score_block<S: Simd, const R: usize, const N: usize>(
         // `half * key_stride <= k.len()`; likewise `r * half + d < R * half <= q.len()`.
         unsafe {
             let line = k.as_ptr().add(d * g.key_stride + key);
-            let keys: [S::Pairs; N] = std::array::from_fn(|n| s.load_pairs_ptr(line.add(n * S::LANES)));
-            for r in 0..R {
+            let mut keys = [s.splat_pair(0); N];
+            for (n, keys) in keys.iter_mut().enumerate() {
+                *keys = s.load_pairs_ptr(line.add(n * S::LANES));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
                 let x = s.splat_pair(*q.get_unchecked(r * half + d));
-                for n in 0..N {
-                    acc[r][n] = s.dot_pairs(acc[r][n], x, keys[n]);
+                for (acc, keys) in acc.iter_mut().zip(&keys) {
+                    *acc = s.dot_pairs(*acc, x, *keys);
                 }
             }
         }
     }
-    for r in 0..R {
-        for n in 0..N {
-            s.store(acc[r][n], &mut scores[r][key + n * S::LANES..]);
+    for (acc, scores) in acc.iter().zip(scores) {
+        for (n, acc) in acc.iter().enumerate() {
+            s.store(*acc, &mut scores[key + n * S::LANES..]);
         }
     }
 }
@@ -136,26 +139,32 @@ fn value_block<S: Simd, const R: usize, const N: usize>(
 ) {
     assert!(pairs <= KEYS / 2 && v.len() >= pairs * g.value_stride && o.len() >= R * g.value_stride);
     assert!(column + N * S::LANES <= g.value_stride);
-    let mut acc: [[S::F32; N]; R] = std::array::from_fn(|r| {
-        std::array::from_fn(|n| s.load(&o[r * g.value_stride + column + n * S::LANES..]))
-    });
+    let mut acc = [[s.splat(0.0); N]; R];
+    for (r, acc) in acc.iter_mut().enumerate() {
+        for (n, acc) in acc.iter_mut().enumerate() {
+            *acc = s.load(&o[r * g.value_stride + column + n * S::LANES..]);
+        }
+    }
     for pair in 0..pairs {
         // SAFETY: `pair < pairs` and `column + N * LANES <= value_stride`, so the last pair read is below
         // `pairs * value_stride <= v.len()`; `pair < KEYS / 2` bounds the weights.
         unsafe {
             let line = v.as_ptr().add(pair * g.value_stride + column);
-            let values: [S::Pairs; N] = std::array::from_fn(|n| s.load_pairs_ptr(line.add(n * S::LANES)));
-            for r in 0..R {
-                let weight = s.splat_pair(*weights.get_unchecked(r).get_unchecked(pair));
-                for n in 0..N {
-                    acc[r][n] = s.dot_pairs(acc[r][n], weight, values[n]);
+            let mut values = [s.splat_pair(0); N];
+            for (n, values) in values.iter_mut().enumerate() {
+                *values = s.load_pairs_ptr(line.add(n * S::LANES));
+            }
+            for (acc, weights) in acc.iter_mut().zip(weights) {
+                let weight = s.splat_pair(*weights.get_unchecked(pair));
+                for (acc, values) in acc.iter_mut().zip(&values) {
+                    *acc = s.dot_pairs(*acc, weight, *values);
                 }
             }
         }
     }
-    for r in 0..R {
-        for n in 0..N {
-            s.store(acc[r][n], &mut o[r * g.value_stride + column + n * S::LANES..]);
+    for (r, acc) in acc.iter().enumerate() {
+        for (n, acc) in acc.iter().enumerate() {
+            s.store(*acc, &mut o[r * g.value_stride + column + n * S::LANES..]);
         }
     }
 }

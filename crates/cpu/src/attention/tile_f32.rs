@@ -97,27 +97,30 @@ fn score_block<S: Simd, const R: usize, const N: usize>(
         // `head_dim * key_stride <= k.len()`; likewise `r * head_dim + d < R * head_dim <= q.len()`.
         unsafe {
             let line = k.as_ptr().add(d * g.key_stride + key);
-            let keys: [S::F32; N] = std::array::from_fn(|n| s.load_ptr(line.add(n * S::LANES)));
-            for r in 0..R {
+            let mut keys = [s.splat(0.0); N];
+            for (n, keys) in keys.iter_mut().enumerate() {
+                *keys = s.load_ptr(line.add(n * S::LANES));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
                 let x = s.splat(*q.get_unchecked(r * g.head_dim + d));
-                for n in 0..N {
-                    acc[r][n] = s.mul_add(x, keys[n], acc[r][n]);
+                for (acc, keys) in acc.iter_mut().zip(&keys) {
+                    *acc = s.mul_add(x, *keys, *acc);
                 }
             }
         }
     }
-    for r in 0..R {
-        for n in 0..N {
-            s.store(acc[r][n], &mut scores[r][key + n * S::LANES..]);
+    for (acc, scores) in acc.iter().zip(scores) {
+        for (n, acc) in acc.iter().enumerate() {
+            s.store(*acc, &mut scores[key + n * S::LANES..]);
         }
     }
 }
 
-/// `o[r][column..] += Σ_key scores[r][key] · v[key][column..]` for `N` vectors of columns.
+/// `o[r][column..] += Σ_key weights[r][key] · v[key][column..]` for `N` vectors of columns.
 #[inline(always)]
 fn value_block<S: Simd, const R: usize, const N: usize>(
     s: S,
-    scores: &[[f32; KEYS]; ROWS],
+    weights: &[[f32; KEYS]; ROWS],
     v: &[f32],
     keys: usize,
     column: usize,
@@ -126,26 +129,32 @@ fn value_block<S: Simd, const R: usize, const N: usize>(
 ) {
     assert!(keys <= KEYS && v.len() >= keys * g.value_stride && o.len() >= R * g.value_stride);
     assert!(column + N * S::LANES <= g.value_stride);
-    let mut acc: [[S::F32; N]; R] = std::array::from_fn(|r| {
-        std::array::from_fn(|n| s.load(&o[r * g.value_stride + column + n * S::LANES..]))
-    });
+    let mut acc = [[s.splat(0.0); N]; R];
+    for (r, acc) in acc.iter_mut().enumerate() {
+        for (n, acc) in acc.iter_mut().enumerate() {
+            *acc = s.load(&o[r * g.value_stride + column + n * S::LANES..]);
+        }
+    }
     for key in 0..keys {
         // SAFETY: `key < keys` and `column + N * LANES <= value_stride`, so the last element read is below
-        // `keys * value_stride <= v.len()`; `key < KEYS` bounds the scores.
+        // `keys * value_stride <= v.len()`; `key < KEYS` bounds the weights.
         unsafe {
             let line = v.as_ptr().add(key * g.value_stride + column);
-            let values: [S::F32; N] = std::array::from_fn(|n| s.load_ptr(line.add(n * S::LANES)));
-            for r in 0..R {
-                let weight = s.splat(*scores.get_unchecked(r).get_unchecked(key));
-                for n in 0..N {
-                    acc[r][n] = s.mul_add(weight, values[n], acc[r][n]);
+            let mut values = [s.splat(0.0); N];
+            for (n, values) in values.iter_mut().enumerate() {
+                *values = s.load_ptr(line.add(n * S::LANES));
+            }
+            for (acc, weights) in acc.iter_mut().zip(weights) {
+                let weight = s.splat(*weights.get_unchecked(key));
+                for (acc, values) in acc.iter_mut().zip(&values) {
+                    *acc = s.mul_add(weight, *values, *acc);
                 }
             }
         }
     }
-    for r in 0..R {
-        for n in 0..N {
-            s.store(acc[r][n], &mut o[r * g.value_stride + column + n * S::LANES..]);
+    for (r, acc) in acc.iter().enumerate() {
+        for (n, acc) in acc.iter().enumerate() {
+            s.store(*acc, &mut o[r * g.value_stride + column + n * S::LANES..]);
         }
     }
 }
