@@ -24,7 +24,9 @@ fn models_prints_the_published_counts() {
     assert_eq!(column("active_parameters")[3], 14_249_270_784);
     assert_eq!(column("kv_bytes_per_token_bfloat16"), [12_288, 28_672, 57_344, 57_344, 327_680]);
     let table = String::from_utf8(succeed(longhaul().arg("models")).stdout).unwrap();
-    for number in ["494,032,768", "1,543,714,304", "7,615,616,512", "57,408,658,944", "72,706,203,648", "327,680"] {
+    for number in
+        ["494,032,768", "1,543,714,304", "7,615,616,512", "57,408,658,944", "72,706,203,648", "327,680"]
+    {
         assert!(table.contains(number), "{number} is not in the table:\n{table}");
     }
     let demo = json_output(longhaul().args(["models", "--json", "--model", "demo"]));
@@ -130,7 +132,8 @@ fn tokenize_and_detokenize_read_stdin() {
 
 #[test]
 fn chat_answers_line_by_line_and_forgets_on_request() {
-    let script = "The secret code of Oslo is 90417. What is the secret code of Oslo?\n/reset\n/nonsense\n/exit\n";
+    let script =
+        "The secret code of Oslo is 90417. What is the secret code of Oslo?\n/reset\n/nonsense\n/exit\n";
     let output = with_stdin(longhaul().arg("chat"), script);
     assert!(output.status.success());
     let stdout = String::from_utf8(output.stdout).unwrap();
@@ -143,7 +146,16 @@ fn chat_answers_line_by_line_and_forgets_on_request() {
 fn family_names_run_with_dummy_weights() {
     let mut command = longhaul();
     let ids = common::ids_file(&[1, 2, 3, 4]);
-    command.args(["generate", "--model", "qwen2-0.5b", "--load-format", "dummy", "--max-model-len", "64", "--json"]);
+    command.args([
+        "generate",
+        "--model",
+        "qwen2-0.5b",
+        "--load-format",
+        "dummy",
+        "--max-model-len",
+        "64",
+        "--json",
+    ]);
     command.args(["--max-tokens", "2", "--ignore-eos", "--ids-file"]).arg(ids.path());
     let output = json_output(&mut command);
     assert_eq!(output["ids"].as_array().unwrap().len(), 2);
@@ -165,7 +177,9 @@ fn logits_writes_nothing_when_it_fails() {
 #[test]
 fn help_names_every_command() {
     let help = String::from_utf8(succeed(longhaul().arg("--help")).stdout).unwrap();
-    for command in ["ask", "bench", "chat", "detokenize", "generate", "logits", "models", "needle", "tokenize"] {
+    for command in
+        ["ask", "bench", "chat", "detokenize", "generate", "logits", "models", "needle", "tokenize"]
+    {
         assert!(help.contains(command), "{command} is not in --help");
     }
 }

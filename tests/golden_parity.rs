@@ -7,7 +7,7 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::{json_output, longhaul, logits};
+use common::{json_output, logits, longhaul};
 use longhaul_testkit::{Golden, assert_close, golden_cases};
 use serde_json::Value;
 

@@ -73,8 +73,16 @@ fn broken_configs() {
         ("cut", TinyCheckpoint::dense().edit_bytes(FILE, |b| b.truncate(40)), &[FILE, "JSON"]),
         ("a list", raw(b"[1, 2]"), &[FILE, "object"]),
         ("not UTF-8", raw(b"{\"a\": \"\xff\xfe\"}"), &[FILE]),
-        ("deep nesting", TinyCheckpoint::dense().edit_bytes(FILE, |b| *b = "[".repeat(100_000).into_bytes()), &[FILE]),
-        ("another architecture", set("architectures", json!(["LlamaForCausalLM"])), &[FILE, "architectures", "Llama"]),
+        (
+            "deep nesting",
+            TinyCheckpoint::dense().edit_bytes(FILE, |b| *b = "[".repeat(100_000).into_bytes()),
+            &[FILE],
+        ),
+        (
+            "another architecture",
+            set("architectures", json!(["LlamaForCausalLM"])),
+            &[FILE, "architectures", "Llama"],
+        ),
         ("two architectures", set("architectures", json!(["Qwen2ForCausalLM", "x"])), &["architectures"]),
         ("another type", set("model_type", json!("qwen3")), &["model_type", "qwen3"]),
         ("contradiction", set("model_type", json!("qwen2_moe")), &["model_type", "qwen2_moe"]),
@@ -94,20 +102,51 @@ fn broken_configs() {
         ("float8", set("torch_dtype", json!("float8_e4m3fn")), &["torch_dtype", "float8"]),
         ("quantised", set("quantization_config", json!({"quant_method": "gptq"})), &["quantization_config"]),
         ("code", set("auto_map", json!({"AutoModel": "x.Y"})), &["auto_map"]),
-        ("window", TinyCheckpoint::dense().edit_config(|c| {
-            c["use_sliding_window"] = json!(true);
-            c["max_window_layers"] = json!(1);
-            c["sliding_window"] = json!(64);
-        }), &["sliding_window", "64"]),
+        (
+            "window",
+            TinyCheckpoint::dense().edit_config(|c| {
+                c["use_sliding_window"] = json!(true);
+                c["max_window_layers"] = json!(1);
+                c["sliding_window"] = json!(64);
+            }),
+            &["sliding_window", "64"],
+        ),
         ("layer types", set("layer_types", json!(["full_attention"])), &["layer_types"]),
-        ("linear attention", set("layer_types", json!(["full_attention", "linear_attention"])), &["layer_types", "linear"]),
-        ("linear scaling", set("rope_scaling", json!({"type": "linear", "factor": 2})), &["rope_scaling", "linear"]),
+        (
+            "linear attention",
+            set("layer_types", json!(["full_attention", "linear_attention"])),
+            &["layer_types", "linear"],
+        ),
+        (
+            "linear scaling",
+            set("rope_scaling", json!({"type": "linear", "factor": 2})),
+            &["rope_scaling", "linear"],
+        ),
         ("no factor", set("rope_scaling", json!({"type": "yarn"})), &["rope_scaling.factor", "missing"]),
-        ("factor below one", set("rope_scaling", json!({"type": "yarn", "factor": 0.5})), &["rope_scaling.factor", "0.5"]),
+        (
+            "factor below one",
+            set("rope_scaling", json!({"type": "yarn", "factor": 0.5})),
+            &["rope_scaling.factor", "0.5"],
+        ),
         ("scaling is a string", set("rope_scaling", json!("yarn")), &["rope_scaling"]),
-        ("beta", set("rope_parameters", json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 32})), &["beta_fast"]),
-        ("chunk", set("dual_chunk_attention_config", json!({"chunk_size": 64, "local_size": 64})), &["local_size", "64"]),
-        ("chunk zero", set("dual_chunk_attention_config", json!({"chunk_size": 0})), &["dual_chunk_attention_config.chunk_size"]),
+        (
+            "beta",
+            set(
+                "rope_parameters",
+                json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 32}),
+            ),
+            &["beta_fast"],
+        ),
+        (
+            "chunk",
+            set("dual_chunk_attention_config", json!({"chunk_size": 64, "local_size": 64})),
+            &["local_size", "64"],
+        ),
+        (
+            "chunk zero",
+            set("dual_chunk_attention_config", json!({"chunk_size": 0})),
+            &["dual_chunk_attention_config.chunk_size"],
+        ),
         ("eos outside", set("eos_token_id", json!(1_000_000)), &["eos_token_id", "1000000"]),
         ("eos list", set("eos_token_id", json!([1, "x"])), &["eos_token_id"]),
         ("tied is a number", set("tie_word_embeddings", json!(1)), &["tie_word_embeddings"]),
@@ -137,34 +176,88 @@ fn broken_weights() {
         ("trailing bytes", bytes(|b| b.extend([0; 16])), &[FILE]),
         ("header length", bytes(|b| b[..8].copy_from_slice(&u64::MAX.to_le_bytes())), &[FILE]),
         ("header is noise", bytes(|b| b[8..40].fill(0xff)), &[FILE]),
-        ("a large-file pointer", bytes(|b| *b = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n".to_vec()), &[FILE]),
-        ("a missing tensor", TinyCheckpoint::dense().edit_tensors(|t| t.retain(|t| t.name != "model.norm.weight")), &["model.norm.weight"]),
-        ("a misnamed tensor", TinyCheckpoint::dense().edit_tensors(|t| {
-            for t in t.iter_mut().filter(|t| t.name == "model.layers.1.mlp.up_proj.weight") {
-                t.name = "model.layers.1.mlp.upp_proj.weight".into();
-            }
-        }), &["model.layers.1.mlp.up_proj.weight"]),
-        ("an extra tensor", TinyCheckpoint::dense().edit_tensors(|t| {
-            let mut extra = t[0].clone();
-            extra.name = "model.layers.9.extra".into();
-            t.push(extra);
-        }), &["model.layers.9.extra"]),
+        (
+            "a large-file pointer",
+            bytes(|b| *b = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n".to_vec()),
+            &[FILE],
+        ),
+        (
+            "a missing tensor",
+            TinyCheckpoint::dense().edit_tensors(|t| t.retain(|t| t.name != "model.norm.weight")),
+            &["model.norm.weight"],
+        ),
+        (
+            "a misnamed tensor",
+            TinyCheckpoint::dense().edit_tensors(|t| {
+                for t in t.iter_mut().filter(|t| t.name == "model.layers.1.mlp.up_proj.weight") {
+                    t.name = "model.layers.1.mlp.upp_proj.weight".into();
+                }
+            }),
+            &["model.layers.1.mlp.up_proj.weight"],
+        ),
+        (
+            "an extra tensor",
+            TinyCheckpoint::dense().edit_tensors(|t| {
+                let mut extra = t[0].clone();
+                extra.name = "model.layers.9.extra".into();
+                t.push(extra);
+            }),
+            &["model.layers.9.extra"],
+        ),
         ("another shape", set("intermediate_size", json!(112)), &["mlp", "112"]),
         ("another vocabulary", set("vocab_size", json!(384)), &["embed_tokens", "384"]),
         ("more layers", set("num_hidden_layers", json!(3)), &["model.layers.2"]),
         ("untied without head", set("tie_word_embeddings", json!(false)), &["lm_head.weight"]),
         ("overlap", tensor("model.norm.weight", |t| t["data_offsets"] = json!([0, 128])), &[FILE]),
         ("reversed", tensor("model.norm.weight", |t| t["data_offsets"] = json!([64, 0])), &[FILE]),
-        ("offsets beyond", tensor("model.norm.weight", |t| t["data_offsets"] = json!([1u64 << 40, (1u64 << 40) + 128])), &[FILE]),
-        ("shape beyond", tensor("model.norm.weight", |t| t["shape"] = json!([1u64 << 40, 1u64 << 40])), &[FILE]),
-        ("integer dtype", tensor("model.norm.weight", |t| t["dtype"] = json!("I16")), &["model.norm.weight", "I16"]),
+        (
+            "offsets beyond",
+            tensor("model.norm.weight", |t| t["data_offsets"] = json!([1u64 << 40, (1u64 << 40) + 128])),
+            &[FILE],
+        ),
+        (
+            "shape beyond",
+            tensor("model.norm.weight", |t| t["shape"] = json!([1u64 << 40, 1u64 << 40])),
+            &[FILE],
+        ),
+        (
+            "integer dtype",
+            tensor("model.norm.weight", |t| t["dtype"] = json!("I16")),
+            &["model.norm.weight", "I16"],
+        ),
         ("unknown dtype", tensor("model.norm.weight", |t| t["dtype"] = json!("Q4")), &[FILE]),
-        ("a shard missing", TinyCheckpoint::dense().shards(2).remove("model-00002-of-00002.safetensors"), &["model-00002-of-00002.safetensors"]),
-        ("a shard cut", TinyCheckpoint::dense().shards(2).edit_bytes("model-00002-of-00002.safetensors", |b| b.truncate(b.len() - 8)), &["model-00002-of-00002.safetensors"]),
+        (
+            "a shard missing",
+            TinyCheckpoint::dense().shards(2).remove("model-00002-of-00002.safetensors"),
+            &["model-00002-of-00002.safetensors"],
+        ),
+        (
+            "a shard cut",
+            TinyCheckpoint::dense()
+                .shards(2)
+                .edit_bytes("model-00002-of-00002.safetensors", |b| b.truncate(b.len() - 8)),
+            &["model-00002-of-00002.safetensors"],
+        ),
         ("index is noise", TinyCheckpoint::dense().shards(2).edit_bytes(INDEX, |b| b.truncate(20)), &[INDEX]),
-        ("index without map", TinyCheckpoint::dense().shards(2).edit_json(INDEX, |v| *v = json!({})), &[INDEX, "weight_map"]),
-        ("index climbs", TinyCheckpoint::dense().shards(2).edit_json(INDEX, |v| v["weight_map"]["model.norm.weight"] = json!("../../etc/passwd")), &[INDEX, "passwd"]),
-        ("index lies", TinyCheckpoint::dense().shards(2).edit_json(INDEX, |v| v["weight_map"]["model.norm.weight"] = json!("model-00001-of-00002.safetensors")), &["model.norm.weight"]),
+        (
+            "index without map",
+            TinyCheckpoint::dense().shards(2).edit_json(INDEX, |v| *v = json!({})),
+            &[INDEX, "weight_map"],
+        ),
+        (
+            "index climbs",
+            TinyCheckpoint::dense()
+                .shards(2)
+                .edit_json(INDEX, |v| v["weight_map"]["model.norm.weight"] = json!("../../etc/passwd")),
+            &[INDEX, "passwd"],
+        ),
+        (
+            "index lies",
+            TinyCheckpoint::dense().shards(2).edit_json(INDEX, |v| {
+                v["weight_map"]["model.norm.weight"] = json!("model-00001-of-00002.safetensors")
+            }),
+            &["model.norm.weight"],
+        ),
     ]);
 }
 
@@ -181,10 +274,22 @@ fn broken_tokenizers_templates_and_generation_configs() {
         ("no model", tokenizer(|v| v["model"] = Value::Null), &[TOKENIZER, "model"]),
         ("wordpiece", tokenizer(|v| v["model"]["type"] = json!("WordPiece")), &[TOKENIZER, "WordPiece"]),
         ("duplicate ids", tokenizer(|v| v["model"]["vocab"]["a"] = json!(0)), &[TOKENIZER]),
-        ("merges of unknown tokens", tokenizer(|v| v["model"]["merges"] = json!([["qqqq", "zzzz"]])), &[TOKENIZER, "merges"]),
+        (
+            "merges of unknown tokens",
+            tokenizer(|v| v["model"]["merges"] = json!([["qqqq", "zzzz"]])),
+            &[TOKENIZER, "merges"],
+        ),
         ("larger than the model", set("vocab_size", json!(200)), &["vocab_size"]),
-        ("template syntax", TinyCheckpoint::dense().edit_json(TEMPLATE, |v| v["chat_template"] = json!("{% for x in %}")), &[TEMPLATE]),
-        ("template is a number", TinyCheckpoint::dense().edit_json(TEMPLATE, |v| v["chat_template"] = json!(5)), &[TEMPLATE, "chat_template"]),
+        (
+            "template syntax",
+            TinyCheckpoint::dense().edit_json(TEMPLATE, |v| v["chat_template"] = json!("{% for x in %}")),
+            &[TEMPLATE],
+        ),
+        (
+            "template is a number",
+            TinyCheckpoint::dense().edit_json(TEMPLATE, |v| v["chat_template"] = json!(5)),
+            &[TEMPLATE, "chat_template"],
+        ),
         ("temperature", generation(|v| v["temperature"] = json!(-1)), &[GENERATION, "temperature"]),
         ("top_p", generation(|v| v["top_p"] = json!(1.5)), &[GENERATION, "top_p"]),
         ("eos", generation(|v| v["eos_token_id"] = json!("x")), &[GENERATION, "eos_token_id"]),

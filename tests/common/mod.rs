@@ -36,7 +36,11 @@ pub fn fail(command: &mut Command) -> (i32, String) {
     assert_ne!(code, 0, "{command:?} succeeded: {}", String::from_utf8_lossy(&output.stdout));
     assert!(!message.contains("panicked"), "{command:?} panicked: {message}");
     assert_ne!(code, 101, "{command:?} panicked");
-    assert!(output.stdout.is_empty(), "{command:?} failed, yet wrote {}", String::from_utf8_lossy(&output.stdout));
+    assert!(
+        output.stdout.is_empty(),
+        "{command:?} failed, yet wrote {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     (code, message)
 }
 
@@ -83,7 +87,8 @@ pub fn read_logits(path: &Path) -> (Vec<usize>, Vec<f32>) {
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let tensor = file.tensor("logits").unwrap();
     assert_eq!(tensor.dtype(), safetensors::Dtype::F32);
-    let values = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let values =
+        tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     (tensor.shape().to_vec(), values)
 }
 

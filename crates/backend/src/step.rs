@@ -97,7 +97,10 @@ impl StepInputs {
                 ));
             }
             if let Some(block) = s.block_table.iter().find(|&&b| b as usize >= layout.blocks) {
-                return fail(format!("sequence {index}: block {block} is not in the pool of {}", layout.blocks));
+                return fail(format!(
+                    "sequence {index}: block {block} is not in the pool of {}",
+                    layout.blocks
+                ));
             }
         }
         if self.logit_rows.iter().any(|&r| r >= rows) || !self.logit_rows.is_sorted() {
@@ -158,7 +161,8 @@ mod tests {
 
     #[test]
     fn contradictions_are_named() {
-        let cases: [(fn(&mut StepInputs), &str); 7] = [
+        type Break = fn(&mut StepInputs);
+        let cases: [(Break, &str); 7] = [
             (|s| s.ids.push(1), "4 ids"),
             (|s| s.logit_scales.clear(), "0 logit scales"),
             (|s| s.sequences[0].kv_len = 1, "2 rows end at length 1"),

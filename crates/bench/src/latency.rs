@@ -37,7 +37,8 @@ impl Spread {
         values.sort_by(f64::total_cmp);
         let at = |i: usize| values.get(i).copied().unwrap_or(f64::NAN);
         let middle = values.len() / 2;
-        let median = if values.len() % 2 == 1 { at(middle) } else { (at(middle.wrapping_sub(1)) + at(middle)) / 2.0 };
+        let median =
+            if values.len() % 2 == 1 { at(middle) } else { (at(middle.wrapping_sub(1)) + at(middle)) / 2.0 };
         Self { median, min: at(0), max: at(values.len().wrapping_sub(1)) }
     }
 }
@@ -79,8 +80,9 @@ pub fn latency(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<LatencyReport, EngineError> {
     let vocab = engine.spec().vocab_size as u64;
-    let prompt: Vec<u32> =
-        (0..config.input_len as u64).map(|i| (i.wrapping_mul(6_364_136_223_846_793_005) >> 33).wrapping_rem(vocab) as u32).collect();
+    let prompt: Vec<u32> = (0..config.input_len as u64)
+        .map(|i| (i.wrapping_mul(6_364_136_223_846_793_005) >> 33).wrapping_rem(vocab) as u32)
+        .collect();
     let request =
         Request { ignore_eos: true, chunk: config.chunk, ..Request::greedy(prompt, config.output_len) };
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());

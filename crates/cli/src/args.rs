@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use longhaul_engine::{Device, EngineError, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams};
+use longhaul_engine::{
+    Device, EngineError, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
+};
 
 /// Serves the Qwen2 family with exact long context.
 #[derive(Debug, Parser)]
@@ -280,13 +282,20 @@ pub struct ModelsArgs {
 
 /// Needle in a haystack: lengths × depths, as a heat map, for one or several long-context modes
 #[derive(Debug, Args)]
-#[command(after_help = "Example: longhaul needle --lengths 768,1536,3072,6144 --long-context none,dca --out needle")]
+#[command(
+    after_help = "Example: longhaul needle --lengths 768,1536,3072,6144 --long-context none,dca --out needle"
+)]
 pub struct NeedleArgs {
     /// Prompt lengths in tokens [default: 1, 2, 4 and 8 times the trained window, as far as the model goes]
     #[arg(long, value_parser = token_count, value_delimiter = ',', value_name = "TOKENS,…")]
     pub lengths: Vec<usize>,
     /// Depths of the needle in percent
-    #[arg(long, value_delimiter = ',', default_value = "0,10,20,30,40,50,60,70,80,90,100", value_name = "PERCENT,…")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "0,10,20,30,40,50,60,70,80,90,100",
+        value_name = "PERCENT,…"
+    )]
     pub depths: Vec<f32>,
     /// Needles per length and depth, each in another stretch of the haystack
     #[arg(long, default_value_t = 1, value_name = "N")]

@@ -24,7 +24,10 @@ pub struct UsageError(pub String);
 /// Prints `error` with its causes and returns the exit code that fits it.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     // The reader of a pipe went away (`longhaul … | head`): nothing to report.
-    if error.chain().any(|e| e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)) {
+    if error
+        .chain()
+        .any(|e| e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe))
+    {
         return ExitCode::SUCCESS;
     }
     let mut message = String::new();

@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use longhaul_backend::{
-    Backend, Collective, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables, Sampled,
-    SamplingRow, Single, StepInputs,
+    Backend, Collective, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables,
+    Sampled, SamplingRow, Single, StepInputs,
 };
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -138,7 +138,10 @@ impl Backend for Cpu {
         for (id, row) in step.ids.iter().zip(out.chunks_exact_mut(cols)) {
             let id = *id as usize;
             if id >= table.rows() {
-                return Err(Error::Step(format!("token id {id} is outside the embedding of {} rows", table.rows())));
+                return Err(Error::Step(format!(
+                    "token id {id} is outside the embedding of {} rows",
+                    table.rows()
+                )));
             }
             table.row_f32(id, row)?;
         }
@@ -186,7 +189,10 @@ impl Backend for Cpu {
         let (rows, cols) = dims(OP, &qkv)?;
         let (q_size, kv_size) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
         if cols != q_size + 2 * kv_size || rows != step.rows() {
-            return Err(Error::shape(OP, format!("qkv [{rows}, {cols}] for {layout:?}, {} rows", step.rows())));
+            return Err(Error::shape(
+                OP,
+                format!("qkv [{rows}, {cols}] for {layout:?}, {} rows", step.rows()),
+            ));
         }
         let mut q = Vec::with_capacity(rows * q_size);
         with_values(OP, &qkv, |qkv| {
@@ -239,9 +245,8 @@ impl Backend for Cpu {
     fn linear_silu_and_mul(&self, x: &Tensor, gate_up: &Matrix) -> Result<Tensor> {
         const OP: &str = "linear_silu_and_mul";
         let (rows, _) = dims(OP, x)?;
-        let out = with_values(OP, x, |x| {
-            self.pool.install(|| self.gemm.linear_silu_mul_vec(x, rows, gate_up))
-        })?;
+        let out =
+            with_values(OP, x, |x| self.pool.install(|| self.gemm.linear_silu_mul_vec(x, rows, gate_up)))?;
         from_rows(OP, out, rows)
     }
 
@@ -267,7 +272,9 @@ impl Backend for Cpu {
             let mut out = Vec::with_capacity(step.logit_rows.len() * cols);
             for &row in &step.logit_rows {
                 let line = x.get(row * cols..(row + 1) * cols);
-                out.extend_from_slice(line.ok_or_else(|| Error::shape("logit_rows", format!("row {row} of {rows}")))?);
+                out.extend_from_slice(
+                    line.ok_or_else(|| Error::shape("logit_rows", format!("row {row} of {rows}")))?,
+                );
             }
             Ok(out)
         })?;
@@ -281,7 +288,10 @@ impl Backend for Cpu {
     fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
         let (count, cols) = dims("sample", logits)?;
         if count != rows.len() {
-            return Err(Error::shape("sample", format!("{count} rows of logits, {} of parameters", rows.len())));
+            return Err(Error::shape(
+                "sample",
+                format!("{count} rows of logits, {} of parameters", rows.len()),
+            ));
         }
         with_values("sample", logits, |values| {
             values.chunks_exact(cols).zip(rows).enumerate().map(|(i, (l, row))| sample(l, row, i)).collect()

@@ -121,7 +121,8 @@ impl KvCache {
         let (k, v) = (key_words(&self.layout), value_words(&self.layout));
         let index = block * self.layout.kv_heads + kv_head;
         let (k, v) = (index * k..(index + 1) * k, index * v..(index + 1) * v);
-        let outside = || Error::Step(format!("block {block} slot {slot} layer {layer} is outside the KV pool"));
+        let outside =
+            || Error::Step(format!("block {block} slot {slot} layer {layer} is outside the KV pool"));
         if slot >= self.layout.block_size {
             return Err(outside());
         }

@@ -123,7 +123,10 @@ mod tests {
     fn close(frequencies: &[f64], expected: &[f64]) {
         for (f, e) in frequencies.iter().zip(expected) {
             // Five standard deviations of 20,000 draws.
-            assert!((f - e).abs() <= 5.0 * (e * (1.0 - e) / 20_000.0).sqrt() + 1e-12, "{frequencies:?} {expected:?}");
+            assert!(
+                (f - e).abs() <= 5.0 * (e * (1.0 - e) / 20_000.0).sqrt() + 1e-12,
+                "{frequencies:?} {expected:?}"
+            );
         }
     }
 
@@ -140,10 +143,7 @@ mod tests {
         let kept = 0.95;
         let min_p = SamplingRow { min_p: 0.2, ..row() };
         close(&frequencies(&logits, &min_p), &[0.5 / kept, 0.3 / kept, 0.15 / kept, 0.0]);
-        close(
-            &frequencies(&logits, &SamplingRow { banned: &[0], ..row() }),
-            &[0.0, 0.6, 0.3, 0.1],
-        );
+        close(&frequencies(&logits, &SamplingRow { banned: &[0], ..row() }), &[0.0, 0.6, 0.3, 0.1]);
     }
 
     #[test]

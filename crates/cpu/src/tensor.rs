@@ -19,11 +19,7 @@ pub(crate) fn dims(op: &'static str, x: &Tensor) -> Result<(usize, usize)> {
 }
 
 /// Calls `f` with the tensor's values, row-major.
-pub(crate) fn with_values<R>(
-    op: &'static str,
-    x: &Tensor,
-    f: impl FnOnce(&[f32]) -> Result<R>,
-) -> Result<R> {
+pub(crate) fn with_values<R>(op: &'static str, x: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
         return Err(Error::shape(op, "expected an f32 tensor in host memory"));

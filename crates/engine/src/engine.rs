@@ -165,7 +165,12 @@ impl Engine {
         })
     }
 
-    fn run(&mut self, request: &Request, sequence: &mut Sequence, observer: &mut dyn Observer) -> Result<Completion> {
+    fn run(
+        &mut self,
+        request: &Request,
+        sequence: &mut Sequence,
+        observer: &mut dyn Observer,
+    ) -> Result<Completion> {
         let end_tokens = if request.ignore_eos { Vec::new() } else { self.end_tokens() };
         let banned = self.padding_ids();
         let sampling = request.sampling;

@@ -12,9 +12,7 @@ mod error;
 mod loader;
 mod runner;
 
-pub use api::{
-    Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings,
-};
+pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
 pub use engine::Engine;
 pub use error::{EngineError, Result};
 pub use loader::{Device, LoadFormat, Loader, ModelFiles, ModelRef, Precision};

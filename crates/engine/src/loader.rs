@@ -251,7 +251,8 @@ impl ModelFiles {
     }
 
     fn family(name: &str) -> Result<Self> {
-        let member = family(name).ok_or_else(|| EngineError::UnknownModel(format!("--model {name}: unknown")))?;
+        let member =
+            family(name).ok_or_else(|| EngineError::UnknownModel(format!("--model {name}: unknown")))?;
         Ok(Self {
             name: member.name.into(),
             spec: member.spec,

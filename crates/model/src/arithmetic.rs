@@ -107,8 +107,7 @@ mod tests {
             assert_eq!(spec.non_embedding_parameters(), non_embedding, "{name}");
             assert_eq!(spec.kv_bytes_per_token(DType::BF16), kv_bytes, "{name}");
             assert_eq!(spec.weight_bytes(DType::BF16), 2 * parameters, "{name}");
-            let listed: u64 =
-                spec.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
+            let listed: u64 = spec.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
             assert_eq!(listed, parameters, "{name}: the tensor list and the formula differ");
         }
     }

@@ -47,7 +47,9 @@ impl ModelSpec {
             None => {
                 return Err(fields.error(
                     "num_attention_heads",
-                    format!("{query_heads} does not divide hidden_size {hidden_size}, and head_dim is not given"),
+                    format!(
+                        "{query_heads} does not divide hidden_size {hidden_size}, and head_dim is not given"
+                    ),
                 ));
             }
         };
@@ -94,10 +96,14 @@ fn architecture(fields: &Fields) -> Result<Architecture> {
     };
     let by_name = match fields.array("architectures")?.map(Vec::as_slice) {
         None | Some([]) => None,
-        Some([Value::String(name)]) => Some(both.into_iter().find(|a| a.name() == name).ok_or_else(|| {
-            fields.error("architectures", format!("\"{name}\" is not supported; {SUPPORTED}"))
-        })?),
-        Some(_) => return Err(fields.error("architectures", format!("must name one architecture; {SUPPORTED}"))),
+        Some([Value::String(name)]) => {
+            Some(both.into_iter().find(|a| a.name() == name).ok_or_else(|| {
+                fields.error("architectures", format!("\"{name}\" is not supported; {SUPPORTED}"))
+            })?)
+        }
+        Some(_) => {
+            return Err(fields.error("architectures", format!("must name one architecture; {SUPPORTED}")));
+        }
     };
     match (by_name, by_type) {
         (Some(a), Some(b)) if a != b => Err(fields.error(
@@ -242,15 +248,12 @@ fn rope(fields: &Fields, origin: &str, context: usize) -> Result<Rope> {
             let factor = scaling
                 .number("factor", "a number of at least 1", |v| v >= 1.0)?
                 .ok_or_else(|| scaling.error("factor", "is missing"))?;
-            let original = scaling
-                .integer("original_max_position_embeddings", 1..=MAX_CONTEXT)?
-                .unwrap_or(context);
+            let original =
+                scaling.integer("original_max_position_embeddings", 1..=MAX_CONTEXT)?.unwrap_or(context);
             let beta_fast = scaling.number("beta_fast", "a number above 0", positive)?.unwrap_or(32.0);
             let beta_slow = scaling.number("beta_slow", "a number above 0", positive)?.unwrap_or(1.0);
             if beta_fast < beta_slow {
-                return Err(
-                    scaling.error("beta_fast", format!("{beta_fast} is below beta_slow {beta_slow}"))
-                );
+                return Err(scaling.error("beta_fast", format!("{beta_fast} is below beta_slow {beta_slow}")));
             }
             let mscale = scaling.number("mscale", "a number", |_| true)?;
             let mscale_all_dim = scaling.number("mscale_all_dim", "a number", |_| true)?;

@@ -47,7 +47,11 @@ impl<'a> Fields<'a> {
     }
 
     /// An integer within `range`.
-    pub(crate) fn integer(&self, field: &str, range: std::ops::RangeInclusive<usize>) -> Result<Option<usize>> {
+    pub(crate) fn integer(
+        &self,
+        field: &str,
+        range: std::ops::RangeInclusive<usize>,
+    ) -> Result<Option<usize>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         let expected = || format!("an integer from {} to {}", range.start(), range.end());
         match value.as_u64().and_then(|v| usize::try_from(v).ok()) {
@@ -56,7 +60,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(crate) fn required_integer(&self, field: &str, range: std::ops::RangeInclusive<usize>) -> Result<usize> {
+    pub(crate) fn required_integer(
+        &self,
+        field: &str,
+        range: std::ops::RangeInclusive<usize>,
+    ) -> Result<usize> {
         let value = self.integer(field, range)?;
         self.required(field, value)
     }

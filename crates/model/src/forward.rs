@@ -1,6 +1,8 @@
 //! The Qwen2 forward pass, written once over [`Backend`].
 
-use longhaul_backend::{Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, SharedExpert};
+use longhaul_backend::{
+    Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, SharedExpert,
+};
 use longhaul_backend::{KvLayout, StepInputs};
 use longhaul_weights::{Slice, TensorSource};
 
@@ -131,8 +133,11 @@ impl<B: Backend> Model<B> {
             layers.push(loader.layer(spec, layer)?);
         }
         let norm = loader.vector(&["model.norm.weight".into()])?;
-        let head =
-            if spec.tied_embeddings { embedding.clone() } else { loader.matrix(&["lm_head.weight".into()])? };
+        let head = if spec.tied_embeddings {
+            embedding.clone()
+        } else {
+            loader.matrix(&["lm_head.weight".into()])?
+        };
         let rope = backend.rope(positions.tables())?;
         report();
         Ok(Self {

@@ -15,8 +15,8 @@ mod fields;
 mod forward;
 mod manifest;
 mod positions;
-mod spec;
 pub mod rope;
+mod spec;
 
 pub use error::{ModelError, Result};
 pub use family::{Family, family, family_names};

@@ -265,7 +265,8 @@ mod tests {
 
     #[test]
     fn impossible_requests_name_the_flag() {
-        let error = |spec: &ModelSpec, mode, len| PositionProfile::new(spec, mode, len).unwrap_err().to_string();
+        let error =
+            |spec: &ModelSpec, mode, len| PositionProfile::new(spec, mode, len).unwrap_err().to_string();
         assert!(error(&spec(), Some(LongContext::Yarn), None).contains("rope_scaling"));
         assert!(error(&spec(), None, Some(0)).contains("--max-model-len 0"));
         let windowed = ModelSpec { sliding_window: Some(40_000), ..spec() };
@@ -286,7 +287,7 @@ mod tests {
         for trained in [32, 100, 512, 4096, 32768, 262_144] {
             let local = default_local_size(trained);
             assert!(local < trained);
-            assert!(trained < 64 || (trained - local) % 64 == 0);
+            assert!(trained < 64 || (trained - local).is_multiple_of(64));
         }
     }
 }

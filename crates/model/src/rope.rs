@@ -66,6 +66,7 @@ mod tests {
     use super::*;
 
     /// `theta` 1e6, head_dim 128, factor 4, O 32768: the values printed by the float64 reference.
+    #[allow(clippy::excessive_precision, reason = "digits as printed")]
     const PRINTED: [(usize, f64, f64); 10] = [
         (0, 1.000000000000000e+00, 1.000000000000000e+00),
         (22, 8.659643233600654e-03, 8.659643233600654e-03),

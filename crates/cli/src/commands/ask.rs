@@ -73,6 +73,9 @@ fn documents_and_question(args: &AskArgs) -> Result<(Vec<PathBuf>, String)> {
             let question = question.to_str().ok_or_else(|| UsageError("the question is not UTF-8".into()))?;
             Ok((documents.to_vec(), question.to_owned()))
         }
-        _ => Err(UsageError("the question is missing: longhaul ask --document FILE \"QUESTION\"".into()).into()),
+        _ => {
+            Err(UsageError("the question is missing: longhaul ask --document FILE \"QUESTION\"".into())
+                .into())
+        }
     }
 }

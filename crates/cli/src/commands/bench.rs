@@ -29,6 +29,10 @@ fn run_latency(args: &LatencyArgs) -> Result<ExitCode> {
         threads: args.model.threads,
     };
     let report = latency(&mut engine, &config, &mut |run, runs| eprintln!("run {run}/{runs}"))?;
-    if args.json { output::json(&report)? } else { output::line(&report.to_string())? }
+    if args.json {
+        output::json(&report)?
+    } else {
+        output::line(&report.to_string())?
+    }
     Ok(ExitCode::SUCCESS)
 }

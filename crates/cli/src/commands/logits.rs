@@ -21,7 +21,8 @@ pub fn run(args: &LogitsArgs) -> Result<ExitCode> {
     let mut file = LogitsFile::create(&args.out, ids.len(), vocab)
         .with_context(|| format!("cannot write {}", args.out.display()))?;
     engine.logits(&ids, args.chunk, &mut |rows| {
-        file.write(rows).map_err(|e| EngineError::File { path: args.out.display().to_string(), message: e.to_string() })
+        file.write(rows)
+            .map_err(|e| EngineError::File { path: args.out.display().to_string(), message: e.to_string() })
     })?;
     file.commit().with_context(|| format!("cannot write {}", args.out.display()))?;
     let seconds = start.elapsed().as_secs_f64();

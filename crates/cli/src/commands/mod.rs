@@ -21,6 +21,9 @@ fn read_ids(path: &Path) -> Result<Vec<u32>> {
 
 fn parse_ids(text: &[u8], origin: &str) -> Result<Vec<u32>> {
     serde_json::from_slice(text).map_err(|e| {
-        crate::exit::UsageError(format!("{origin}: expected a JSON array of token ids such as [1, 2, 3]: {e}")).into()
+        crate::exit::UsageError(format!(
+            "{origin}: expected a JSON array of token ids such as [1, 2, 3]: {e}"
+        ))
+        .into()
     })
 }

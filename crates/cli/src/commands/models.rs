@@ -64,8 +64,17 @@ fn to_json(row: &Row) -> Value {
 
 fn table(rows: &[Row]) -> Result<()> {
     let head = [
-        "model", "parameters", "non-embedding", "active", "bf16 weights", "KV bytes/token", "KV at context", "context",
-        "heads q/kv", "head_dim", "tied",
+        "model",
+        "parameters",
+        "non-embedding",
+        "active",
+        "bf16 weights",
+        "KV bytes/token",
+        "KV at context",
+        "context",
+        "heads q/kv",
+        "head_dim",
+        "tied",
     ];
     let mut lines = vec![head.map(String::from)];
     for row in rows {

@@ -6,7 +6,9 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use longhaul_engine::{Generate, LongContext, Precision};
-use longhaul_longdoc::needle::{Cell, ModeInfo, NeedleConfig, NeedleObserver, NeedleOutput, Progress, run as run_needle};
+use longhaul_longdoc::needle::{
+    Cell, ModeInfo, NeedleConfig, NeedleObserver, NeedleOutput, Progress, run as run_needle,
+};
 use longhaul_longdoc::render::{TerminalStyle, terminal};
 
 use crate::args::{ModelArgs, NeedleArgs};
@@ -81,8 +83,9 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
 
 fn read(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    String::from_utf8(bytes)
-        .map_err(|e| crate::exit::UsageError(format!("{} is not UTF-8 text: {}", path.display(), e.utf8_error())).into())
+    String::from_utf8(bytes).map_err(|e| {
+        crate::exit::UsageError(format!("{} is not UTF-8 text: {}", path.display(), e.utf8_error())).into()
+    })
 }
 
 /// Colours on a terminal, unless NO_COLOR (no-color.org) is set.
@@ -128,6 +131,7 @@ impl NeedleObserver for Watcher {
         let rate = progress.tokens_done as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
         let left = progress.tokens_left as f64 / rate.max(1e-9);
         self.bar.set_position(progress.done as u64);
-        self.bar.set_message(format!("found {}/{}, {rate:.0} tok/s, ETA {left:.0} s", self.found, self.asked));
+        self.bar
+            .set_message(format!("found {}/{}, {rate:.0} tok/s, ETA {left:.0} s", self.found, self.asked));
     }
 }

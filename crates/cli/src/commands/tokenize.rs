@@ -24,9 +24,10 @@ fn stdin() -> Result<Vec<u8>> {
 pub fn tokenize(args: &TokenizeArgs) -> Result<ExitCode> {
     let (bytes, origin) = match (&args.text, &args.file) {
         (Some(text), _) => (text.clone().into_bytes(), "the argument".to_owned()),
-        (None, Some(path)) => {
-            (std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?, path.display().to_string())
-        }
+        (None, Some(path)) => (
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?,
+            path.display().to_string(),
+        ),
         (None, None) => (stdin()?, "stdin".to_owned()),
     };
     let text = String::from_utf8(bytes)

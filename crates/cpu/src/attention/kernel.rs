@@ -239,4 +239,3 @@ impl Attend<'_> {
         Ok(state)
     }
 }
-

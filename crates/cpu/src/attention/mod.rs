@@ -1,11 +1,11 @@
 //! Paged attention over mixed prefill and decode rows: cuts a step into tiles and runs them on the pool.
 
 mod kernel;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod tile_bf16;
 mod tile_f32;
-#[cfg(test)]
-mod tests;
 
 use longhaul_backend::{Error, Result, RopeTables, StepInputs};
 use rayon::prelude::*;
@@ -31,7 +31,10 @@ pub(crate) fn attention(
     let layout = kv.layout();
     let width = layout.query_heads * layout.head_dim;
     if q.len() != step.rows() * width {
-        return Err(Error::shape("attention", format!("q has {} values for {} rows of {width}", q.len(), step.rows())));
+        return Err(Error::shape(
+            "attention",
+            format!("q has {} values for {} rows of {width}", q.len(), step.rows()),
+        ));
     }
     let tiles = tiles(q, step, kv, layer);
     let group = layout.group();
@@ -42,7 +45,8 @@ pub(crate) fn attention(
             let partitions = last.div_ceil(PARTITION);
             let run = |partitions| isa.dispatch(Attend { tile: *tile, kv, rope, partitions });
             let partial = if tile.tokens <= SPLIT_TOKENS && partitions > 1 {
-                let parts: Vec<Result<Partial>> = (0..partitions).into_par_iter().map(|p| run(p..p + 1)).collect();
+                let parts: Vec<Result<Partial>> =
+                    (0..partitions).into_par_iter().map(|p| run(p..p + 1)).collect();
                 // Same merges in the same order as the sequential loop of the kernel.
                 let mut parts = parts.into_iter();
                 let mut total = parts.next().ok_or_else(|| Error::shape("attention", "no keys"))??;

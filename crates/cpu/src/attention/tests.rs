@@ -61,7 +61,12 @@ struct Case {
 }
 
 impl Case {
-    fn new(n: usize, (heads, kv_heads, dim): (usize, usize, usize), chunking: Option<(u32, u32)>, block_size: usize) -> Self {
+    fn new(
+        n: usize,
+        (heads, kv_heads, dim): (usize, usize, usize),
+        chunking: Option<(u32, u32)>,
+        block_size: usize,
+    ) -> Self {
         Case {
             n,
             heads,
@@ -168,12 +173,23 @@ impl Case {
     }
 
     /// Rows `rows` of the sequence in one step.
-    fn run(&self, isa: Isa, kv: &KvCache, rope: &RopeTables, table: &[u32], rows: std::ops::Range<usize>) -> Vec<f32> {
+    fn run(
+        &self,
+        isa: Isa,
+        kv: &KvCache,
+        rope: &RopeTables,
+        table: &[u32],
+        rows: std::ops::Range<usize>,
+    ) -> Vec<f32> {
         let width = self.heads * self.dim;
         let step = StepInputs {
             ids: vec![0; rows.len()],
             logit_scales: vec![self.scale as f32; rows.len()],
-            sequences: vec![SequenceInputs { rows: rows.len(), kv_len: rows.end, block_table: table.to_vec() }],
+            sequences: vec![SequenceInputs {
+                rows: rows.len(),
+                kv_len: rows.end,
+                block_table: table.to_vec(),
+            }],
             logit_rows: vec![],
         };
         attention(isa, &self.q[rows.start * width..rows.end * width], &step, rope, kv, 1).unwrap()
@@ -274,8 +290,11 @@ fn every_boundary_matches_the_reference() {
 #[test]
 fn head_sizes_and_groups_match_the_reference() {
     for isa in Isa::available() {
-        for (heads, kv_heads, dim) in [(7, 1, 64), (8, 1, 128), (2, 2, 32), (28, 4, 8), (5, 1, 96), (1, 1, 2), (6, 2, 80)] {
-            Case::new(130, (heads, kv_heads, dim), Some((80, 16)), 64).check(isa, [0, 63, 64, 79, 80, 96, 127, 128, 129].into_iter());
+        for (heads, kv_heads, dim) in
+            [(7, 1, 64), (8, 1, 128), (2, 2, 32), (28, 4, 8), (5, 1, 96), (1, 1, 2), (6, 2, 80)]
+        {
+            Case::new(130, (heads, kv_heads, dim), Some((80, 16)), 64)
+                .check(isa, [0, 63, 64, 79, 80, 96, 127, 128, 129].into_iter());
             let mut plain = Case::new(70, (heads, kv_heads, dim), None, 64);
             plain.check(isa, [0, 1, 47, 63, 64, 69].into_iter());
             plain.dtype = DType::BF16;
@@ -288,9 +307,12 @@ fn head_sizes_and_groups_match_the_reference() {
 #[test]
 fn chunked_prefill_and_decode_are_bit_identical_to_one_step() {
     for isa in Isa::available() {
-        for (chunking, dtype) in
-            [(None, DType::F32), (Some((80, 16)), DType::F32), (None, DType::BF16), (Some((80, 16)), DType::BF16)]
-        {
+        for (chunking, dtype) in [
+            (None, DType::F32),
+            (Some((80, 16)), DType::F32),
+            (None, DType::BF16),
+            (Some((80, 16)), DType::BF16),
+        ] {
             let mut case = Case::new(300, (4, 2, 32), chunking, 64);
             case.dtype = dtype;
             let rope = case.rope();
@@ -301,7 +323,10 @@ fn chunked_prefill_and_decode_are_bit_identical_to_one_step() {
                 for start in (0..300).step_by(chunk) {
                     let rows = start..(start + chunk).min(300);
                     let part = case.run(isa, &kv, &rope, &table, rows.clone());
-                    assert!(part == whole[rows.start * width..rows.end * width], "{isa} chunk {chunk} rows {rows:?}");
+                    assert!(
+                        part == whole[rows.start * width..rows.end * width],
+                        "{isa} chunk {chunk} rows {rows:?}"
+                    );
                 }
             }
         }

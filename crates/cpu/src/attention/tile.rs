@@ -78,7 +78,13 @@ pub(super) fn softmax_row<S: Simd>(
 
 /// The row's new maximum; its sum and output are scaled to it.
 #[inline(always)]
-fn update_maximum<S: Simd>(s: S, scores: &[f32], r: usize, rows: &mut Rows<'_>, value_stride: usize) -> S::F32 {
+fn update_maximum<S: Simd>(
+    s: S,
+    scores: &[f32],
+    r: usize,
+    rows: &mut Rows<'_>,
+    value_stride: usize,
+) -> S::F32 {
     let mut top = s.load(scores);
     for key in (S::LANES..scores.len()).step_by(S::LANES) {
         top = s.max(s.load(&scores[key..]), top);

@@ -54,8 +54,8 @@ fn block_rows<S: Simd, const R: usize>(
         }
         key += 16;
     }
-    for r in 0..R {
-        softmax_row(s, Exp::F32, &mut scores[r], (g.visible[r], padded), r, &mut rows, g.value_stride);
+    for (r, (scores, visible)) in scores.iter_mut().zip(g.visible).take(R).enumerate() {
+        softmax_row(s, Exp::F32, scores, (visible, padded), r, &mut rows, g.value_stride);
     }
     let mut column = 0;
     if S::LANES == 16 {

@@ -83,16 +83,22 @@ fn both_layouts_mean_the_same() {
     let yarn = old.yarn.unwrap();
     assert!((yarn.attention_factor - 1.138629436111989).abs() < 1e-12);
     assert_eq!(old.trained_window(), 32768);
-    let default = with(|c| c["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 1e6})).unwrap();
+    let default =
+        with(|c| c["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 1e6})).unwrap();
     assert_eq!(default, parse(&published()).unwrap());
 }
 
 #[test]
 fn yarn_fields_are_read() {
     let yarn = |scaling: Value| with(|c| c["rope_scaling"] = scaling).unwrap().yarn.unwrap();
-    let given = yarn(json!({"type": "yarn", "factor": 8.0, "attention_factor": 1.25, "beta_fast": 16, "beta_slow": 2,
-        "truncate": false}));
-    assert_eq!((given.attention_factor, given.beta_fast, given.beta_slow, given.truncate), (1.25, 16.0, 2.0, false));
+    let given = yarn(
+        json!({"type": "yarn", "factor": 8.0, "attention_factor": 1.25, "beta_fast": 16, "beta_slow": 2,
+        "truncate": false}),
+    );
+    assert_eq!(
+        (given.attention_factor, given.beta_fast, given.beta_slow, given.truncate),
+        (1.25, 16.0, 2.0, false)
+    );
     assert_eq!(given.original_max_position_embeddings, 32768, "max_position_embeddings when not given");
     let pair = yarn(json!({"type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}));
     assert_eq!(pair.attention_factor, 1.0);
@@ -105,7 +111,10 @@ fn sparse_layers_follow_step_and_list() {
     config["mlp_only_layers"] = json!([1]);
     let spec = parse(&config).unwrap();
     // (layer + 1) % 2 == 0, except layer 1.
-    assert_eq!((0..6).map(|l| spec.is_sparse(l)).collect::<Vec<_>>(), [false, false, false, true, false, true]);
+    assert_eq!(
+        (0..6).map(|l| spec.is_sparse(l)).collect::<Vec<_>>(),
+        [false, false, false, true, false, true]
+    );
     config["num_experts"] = json!(0);
     assert!((0..28).all(|l| !parse(&config).unwrap().is_sparse(l)));
 }
@@ -122,7 +131,10 @@ fn a_sliding_window_is_exact_or_refused() {
     assert_eq!(windowed(131_072, 70).unwrap().sliding_window, Some(131_072), "covers the context");
     assert_eq!(windowed(4096, 80).unwrap().sliding_window, None, "no layer uses it");
     let error = windowed(4096, 70).unwrap_err().to_string();
-    assert!(error.contains("sliding_window") && error.contains("4096") && error.contains("layer 70"), "{error}");
+    assert!(
+        error.contains("sliding_window") && error.contains("4096") && error.contains("layer 70"),
+        "{error}"
+    );
     let by_type = with(|c| {
         c["layer_types"] = json!(vec!["sliding_attention"; 80]);
         c["sliding_window"] = json!(4096);
@@ -133,7 +145,8 @@ fn a_sliding_window_is_exact_or_refused() {
 #[test]
 fn dual_chunk_config_is_read_with_the_published_defaults() {
     let dual = |value: Value| with(|c| c["dual_chunk_attention_config"] = value).unwrap().dual_chunk.unwrap();
-    let given = dual(json!({"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}));
+    let given =
+        dual(json!({"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}));
     assert_eq!(given.original_max_position_embeddings, Some(262_144));
     let defaults = dual(json!({}));
     assert_eq!((defaults.chunk_size, defaults.local_size), (8192, 1024));
@@ -144,13 +157,36 @@ fn dual_chunk_config_is_read_with_the_published_defaults() {
 #[test]
 fn odd_values_never_panic() {
     let values = [
-        json!(null), json!(-1), json!(0), json!(1), json!(3), json!(1e308), json!(u64::MAX), json!("x"), json!([]),
-        json!({}), json!([null]), json!(true), json!(0.5), json!([-1]), json!({"rope_type": 3}),
+        json!(null),
+        json!(-1),
+        json!(0),
+        json!(1),
+        json!(3),
+        json!(1e308),
+        json!(u64::MAX),
+        json!("x"),
+        json!([]),
+        json!({}),
+        json!([null]),
+        json!(true),
+        json!(0.5),
+        json!([-1]),
+        json!({"rope_type": 3}),
     ];
     for base in [published(), published_moe()] {
         let keys: Vec<String> = base.as_object().unwrap().keys().cloned().collect();
-        let extra = ["rope_scaling", "rope_parameters", "layer_types", "head_dim", "dual_chunk_attention_config",
-            "mlp_only_layers", "quantization_config", "dtype", "qkv_bias", "attention_bias"];
+        let extra = [
+            "rope_scaling",
+            "rope_parameters",
+            "layer_types",
+            "head_dim",
+            "dual_chunk_attention_config",
+            "mlp_only_layers",
+            "quantization_config",
+            "dtype",
+            "qkv_bias",
+            "attention_bias",
+        ];
         for key in keys.iter().map(String::as_str).chain(extra) {
             for value in &values {
                 let mut config = base.clone();
