@@ -136,19 +136,19 @@ pub fn token_count(text: &str) -> Result<usize, String> {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// 0 = always the most likely token
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Draw from the K most likely tokens; 0 = all
     #[arg(long, value_name = "K")]
     pub top_k: Option<u32>,
     /// Draw from the most likely tokens that reach this probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Drop tokens less likely than this fraction of the most likely one
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Penalty on every token of prompt and output; 1 = off
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// Subtracted from generated tokens
     #[arg(long, value_name = "F", allow_negative_numbers = true)]

@@ -11,7 +11,7 @@ use longhaul_weights::{Checkpoint, Dummy, TensorSource};
 
 use crate::blocks::BlockPool;
 use crate::engine::Engine;
-use crate::runner::ModelRunner;
+use crate::runner::CpuRunner;
 use crate::{EngineError, Result, demo};
 
 /// Which model, as the user names it.
@@ -204,7 +204,7 @@ impl Loader {
         };
         Ok(Engine {
             name: files.name,
-            runner: Box::new(ModelRunner::new(model, layout)?),
+            runner: Box::new(CpuRunner::new(model, layout)?),
             blocks: BlockPool::new(layout.blocks),
             block_size,
             spec: files.spec,

@@ -1,6 +1,7 @@
 //! A model on a device behind one object-safe seam, so that the engine is not generic over devices.
 
 use longhaul_backend::{Backend, KvLayout, Sampled, SamplingRow, StepInputs};
+use longhaul_cpu::{Cpu, KvCache};
 use longhaul_model::Model;
 
 use crate::Result;
@@ -14,35 +15,36 @@ pub(crate) trait Runner: Send {
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>>;
 }
 
-/// The [`Runner`] of one rank.
-pub(crate) struct ModelRunner<B: Backend> {
-    model: Model<B>,
-    kv: B::KvCache,
+/// The [`Runner`] on the CPU. A step runs inside the thread pool as a whole: entering it once instead of for every op
+/// saves some hundred thread switches a token.
+pub(crate) struct CpuRunner {
+    model: Model<Cpu>,
+    kv: KvCache,
 }
 
-impl<B: Backend> ModelRunner<B> {
-    pub(crate) fn new(model: Model<B>, layout: KvLayout) -> Result<Self> {
+impl CpuRunner {
+    pub(crate) fn new(model: Model<Cpu>, layout: KvLayout) -> Result<Self> {
         let kv = model.kv_cache(layout)?;
         Ok(Self { model, kv })
     }
 }
 
-impl<B: Backend> Runner for ModelRunner<B>
-where
-    Model<B>: Send,
-    B::KvCache: Send,
-{
+impl Runner for CpuRunner {
     fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        match self.model.forward(inputs, &mut self.kv)? {
-            Some(logits) => Ok(self.model.backend().sample(&logits, rows)?),
+        let (model, kv) = (&self.model, &mut self.kv);
+        let cpu = model.backend();
+        cpu.install(|| match model.forward(inputs, kv)? {
+            Some(logits) => Ok(cpu.sample(&logits, rows)?),
             None => Ok(Vec::new()),
-        }
+        })
     }
 
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        match self.model.forward(inputs, &mut self.kv)? {
-            Some(logits) => Ok(self.model.backend().to_host(&logits)?),
+        let (model, kv) = (&self.model, &mut self.kv);
+        let cpu = model.backend();
+        cpu.install(|| match model.forward(inputs, kv)? {
+            Some(logits) => Ok(cpu.to_host(&logits)?),
             None => Ok(Vec::new()),
-        }
+        })
     }
 }
