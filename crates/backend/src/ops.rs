@@ -20,7 +20,7 @@ pub struct SharedExpert<B: Backend + ?Sized> {
     pub gate: B::Matrix,
 }
 
-/// Weights and routing of a mixture-of-experts layer (`specs/qwen2.md` §3.2).
+/// Weights and routing of a mixture-of-experts layer (the published implementation of `Qwen2MoeForCausalLM`).
 #[derive(Debug)]
 pub struct MoeWeights<B: Backend + ?Sized> {
     /// `[experts, hidden]`.
@@ -46,7 +46,7 @@ pub struct ExpertWeights<'a> {
     pub down: HostTensor<'a>,
 }
 
-/// What the forward pass needs from a device. The law of this crate (DESIGN.md §3).
+/// What the forward pass needs from a device. The law of this crate (`docs/architecture.md`).
 ///
 /// Tensors are row-major `[rows, cols]` activations of the current step. Weights live as long as the model. All ops of a
 /// step run in call order; a device may queue them and return early.

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-/// Dual Chunk Attention's integers (`specs/dual-chunk-attention.md` §1.1): key positions repeat every `len()` tokens, no
+/// Dual Chunk Attention's integers (arXiv 2402.17463; `docs/architecture.md`, "Positions"): key positions repeat every `len()` tokens, no
 /// query is ever rotated beyond `chunk_size`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunking {
@@ -21,7 +21,7 @@ impl Chunking {
         self.len() == 0
     }
 
-    /// Table row that rotates the query at `position` against keys of chunk `key_chunk` (§1.2).
+    /// Table row that rotates the query at `position` against keys of chunk `key_chunk` (`docs/architecture.md`).
     pub fn query_row(self, position: u32, key_chunk: u32) -> u32 {
         let (chunk, offset) = (position / self.len(), position % self.len());
         match chunk.saturating_sub(key_chunk) {
@@ -66,7 +66,7 @@ impl RopeTables {
     }
 
     /// The rotations that the query at `position` needs, far keys first. The segments cover `0..=position` exactly once:
-    /// the mask of DCA is the causal mask (§1.2), so plain attention is the case of one segment.
+    /// the mask of DCA is the causal mask (`docs/architecture.md`), so plain attention is the case of one segment.
     pub fn query_segments(&self, position: u32) -> Vec<KeySegment> {
         let Some(chunking) = self.chunking else {
             return vec![KeySegment { keys: 0..position + 1, query_row: position }];

@@ -23,7 +23,7 @@ impl SequenceInputs {
 pub struct StepInputs {
     /// Token ids, `[rows]`.
     pub ids: Vec<u32>,
-    /// fp32 factor on `q·k` per row, `[rows]`: `head_dim^-0.5` times the squared temperature (DESIGN.md §4).
+    /// fp32 factor on `q·k` per row, `[rows]`: `head_dim^-0.5` times the squared temperature (`docs/architecture.md`, "Positions").
     pub logit_scales: Vec<f32>,
     /// The sequences in row order.
     pub sequences: Vec<SequenceInputs>,
