@@ -59,6 +59,8 @@ struct Thread {
     Wait wait;
     std::vector<AsyncCopy> open_copies;                   // issued, not committed
     std::deque<std::vector<AsyncCopy>> committed_copies;  // groups, oldest first
+    const void* polled_address = nullptr;                 // last synchronising load, to recognise spinning
+    std::uint64_t polled_value = 0;
     unsigned lane() const { return index % kWarpSize; }
 };
 

@@ -12,7 +12,7 @@ constexpr std::size_t kRedZoneBytes = 128;
 
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Without static arrays the window ends right behind the dynamic region, at the guard page; their room comes behind.
+// Room for the dynamic region and behind it the static arrays with their red zones.
 std::size_t window_bytes(std::size_t dynamic_bytes) {
     return kSharedBase + round_up(dynamic_bytes, 1024) + 2 * kRedZoneBytes + 2 * kMaxStaticSharedBytes;
 }
@@ -65,7 +65,7 @@ unsigned char* SharedMemory::resolve(std::uint32_t address, std::size_t bytes) c
     return nullptr;
 }
 
-std::uint32_t SharedMemory::damage() const {
+std::optional<std::uint32_t> SharedMemory::damage() const {
     const auto* base = window_.data();
     const unsigned char* low = base;
     for (const auto& object : objects_) {
@@ -73,7 +73,7 @@ std::uint32_t SharedMemory::damage() const {
         low = base + object.offset + object.bytes;
     }
     if (const auto* p = damaged_red_zone(low, base + window_.bytes())) return address_of(p);
-    return 0;
+    return std::nullopt;
 }
 
 std::uint32_t shared_address_of(const void* pointer) {

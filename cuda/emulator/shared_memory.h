@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "memory.h"
@@ -30,8 +31,8 @@ public:
     std::uint32_t address_of(const void* pointer) const;
     // Pointer to [address, address + bytes) if that lies within one object, else nullptr.
     unsigned char* resolve(std::uint32_t address, std::size_t bytes) const;
-    // Shared address of the first damaged red-zone byte, or 0.
-    std::uint32_t damage() const;
+    // Shared address of the first damaged red-zone byte.
+    std::optional<std::uint32_t> damage() const;
     bool near(const void* address) const { return window_.near(address); }
 
 private:
