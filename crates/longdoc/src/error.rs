@@ -213,7 +213,9 @@ impl fmt::Display for DoesNotFit {
         }
         let fewer =
             if self.documents.len() > 1 { "fewer or shorter documents" } else { "a shorter document" };
-        write!(f, "); give {fewer}, lower --max-tokens, raise --max-model-len")?;
+        // Only where it can help: at least one token of the answer must stay.
+        let shorter_answer = if self.over() < self.max_tokens { "lower --max-tokens, " } else { "" };
+        write!(f, "); give {fewer}, {shorter_answer}raise --max-model-len")?;
         match self.long_context {
             LongContext::Dca => Ok(()),
             mode => write!(f, ", or read further with --long-context dca instead of {mode}"),
