@@ -79,6 +79,9 @@ fn ask_refuses_what_it_cannot_answer_and_says_why() {
 
     let (_, message) = fail(longhaul().args(["ask", "--document", "/no/such/file.txt", QUESTION]));
     assert!(message.contains("/no/such/file.txt"), "{message}");
+    let (code, message) = fail(longhaul().args(["ask", "--document"]).arg(&document).arg(&document));
+    assert_eq!(code, 64);
+    assert!(message.contains("question is missing"), "{message}");
     let (code, message) = fail(longhaul().args(["ask", "--document"]).arg(&document));
     assert_eq!(code, 64);
     assert!(message.contains("question is missing"), "{message}");

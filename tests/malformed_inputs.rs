@@ -154,6 +154,11 @@ fn broken_configs() {
         ("no chosen", moe("num_experts_per_tok", json!(0)), &["num_experts_per_tok"]),
         ("sparse step zero", moe("decoder_sparse_step", json!(0)), &["decoder_sparse_step"]),
         ("mlp_only beyond", moe("mlp_only_layers", json!([99])), &["mlp_only_layers", "99"]),
+        (
+            "too many experts",
+            moe("num_experts", json!(65536)).edit_config(|c| c["num_hidden_layers"] = json!(4096)),
+            &["num_experts", "65536"],
+        ),
         ("no expert size", moe("moe_intermediate_size", Value::Null), &["moe_intermediate_size", "missing"]),
     ]);
 }
@@ -304,7 +309,10 @@ fn broken_ids_and_models() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), ids).unwrap();
         let mut command = longhaul();
-        command.args(["generate", "--max-tokens", "4", "--model"]).arg(model.path());
+        command.args(["generate", "--model"]).arg(model.path());
+        if !extra.contains(&"--max-tokens") {
+            command.args(["--max-tokens", "4"]);
+        }
         fail(command.arg("--ids-file").arg(file.path()).args(extra))
     };
     for (ids, culprit) in [
@@ -331,6 +339,7 @@ fn broken_ids_and_models() {
         (&["--stop", ""][..], "stop"),
         (&["--max-model-len", "0"][..], "--max-model-len 0"),
         (&["--max-model-len", "5"][..], "context holds 5"),
+        (&["--max-tokens", "18446744073709551615"][..], "18446744073709551615"),
         (&["--long-context", "yarn"][..], "rope_scaling"),
     ] {
         let (_, message) = run("[1, 2, 3]", extra);

@@ -12,7 +12,7 @@ use serde_json::Value;
 /// The binary under test, without the network and without the caller's settings.
 pub fn longhaul() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
-    command.env("LONGHAUL_OFFLINE", "true").env_remove("LONGHAUL_CPU_ISA").stdin(Stdio::null());
+    command.env("LONGHAUL_OFFLINE", "1").env_remove("LONGHAUL_CPU_ISA").stdin(Stdio::null());
     command
 }
 

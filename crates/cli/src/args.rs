@@ -56,7 +56,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "dca|yarn|none", value_delimiter = ',')]
     pub long_context: Vec<LongContext>,
     /// Never use the network
-    #[arg(long, env = "LONGHAUL_OFFLINE")]
+    #[arg(long, env = "LONGHAUL_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     pub offline: bool,
     /// Seed of dummy weights
     #[arg(long, default_value_t = 0, value_name = "SEED")]
@@ -272,6 +272,9 @@ pub struct LogitsArgs {
 /// The family table, computed: parameters, weights, KV cache, context
 #[derive(Debug, Args)]
 pub struct ModelsArgs {
+    /// Never use the network
+    #[arg(long, env = "LONGHAUL_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub offline: bool,
     /// Only this model: a family name, demo, a directory or a hub id
     #[arg(long, value_name = "NAME|DIR")]
     pub model: Option<String>,
@@ -346,6 +349,9 @@ pub struct TokenizeArgs {
     /// Read the text from a file
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
+    /// Never use the network
+    #[arg(long, env = "LONGHAUL_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub offline: bool,
     /// Read special tokens in the text as control tokens
     #[arg(long)]
     pub parse_special: bool,
@@ -366,6 +372,9 @@ pub struct DetokenizeArgs {
     /// A JSON array of token ids
     #[arg(long, value_name = "FILE")]
     pub ids_file: Option<PathBuf>,
+    /// Never use the network
+    #[arg(long, env = "LONGHAUL_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    pub offline: bool,
     /// Leave special tokens out
     #[arg(long)]
     pub skip_special: bool,
@@ -394,10 +403,10 @@ pub enum BenchCommand {
 pub struct LatencyArgs {
     /// Tokens of the prompt
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub input_len: usize,
+    pub input_len: u32,
     /// Tokens to generate
     #[arg(long, default_value_t = 64, value_name = "TOKENS")]
-    pub output_len: usize,
+    pub output_len: u32,
     /// Measured runs after one warm-up
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub runs: usize,

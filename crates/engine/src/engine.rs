@@ -108,7 +108,7 @@ impl Engine {
             });
         }
         let max_model_len = self.positions.max_model_len;
-        if prompt.len() + max_tokens > max_model_len {
+        if prompt.len().checked_add(max_tokens).is_none_or(|tokens| tokens > max_model_len) {
             return Err(EngineError::TooLong { prompt: prompt.len(), max_tokens, max_model_len });
         }
         Ok(())

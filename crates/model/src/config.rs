@@ -13,6 +13,10 @@ const MAX_LAYERS: usize = 1 << 12;
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_CONTEXT: usize = 1 << 27;
+/// Experts of all layers together: bounds the list of tensors.
+const MAX_EXPERTS: usize = 1 << 18;
+/// What transformers takes when the field is missing.
+const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
 
 impl ModelSpec {
     /// Reads a `config.json`; `origin` names it in errors.
@@ -168,7 +172,8 @@ fn dtype(fields: &Fields) -> Result<Option<DType>> {
 fn sliding_window(fields: &Fields, layers: usize, context: usize) -> Result<Option<usize>> {
     let window = fields.integer("sliding_window", 1..=MAX_CONTEXT)?;
     let used = fields.boolean("use_sliding_window")?.unwrap_or(false);
-    let first_windowed = fields.integer("max_window_layers", 0..=MAX_LAYERS)?.unwrap_or(layers);
+    let first_windowed =
+        fields.integer("max_window_layers", 0..=MAX_LAYERS)?.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS);
     let mut windowed_layer = (used && first_windowed < layers).then_some(first_windowed);
     if let Some(types) = fields.array("layer_types")? {
         if types.len() != layers {
@@ -296,6 +301,12 @@ fn moe(fields: &Fields, layers: usize) -> Result<MoeSpec> {
     let top_k = fields.required_integer("num_experts_per_tok", 1..=1 << 16)?;
     if experts > 0 && top_k > experts {
         return Err(fields.error("num_experts_per_tok", format!("{top_k} exceeds num_experts {experts}")));
+    }
+    if experts * layers > MAX_EXPERTS {
+        return Err(fields.error(
+            "num_experts",
+            format!("{experts} in each of {layers} layers are more than {MAX_EXPERTS}"),
+        ));
     }
     let step = fields.integer("decoder_sparse_step", 1..=MAX_LAYERS)?.unwrap_or(1);
     let mut sparse_layers: Vec<bool> = (0..layers).map(|l| experts > 0 && (l + 1) % step == 0).collect();

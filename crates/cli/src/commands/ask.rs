@@ -70,6 +70,13 @@ fn documents_and_question(args: &AskArgs) -> Result<(Vec<PathBuf>, String)> {
     match (&args.question, args.document.split_last()) {
         (Some(question), _) => Ok((args.document.clone(), question.clone())),
         (None, Some((question, documents))) if !documents.is_empty() => {
+            if question.exists() {
+                return Err(UsageError(format!(
+                    "the question is missing: {} is a document",
+                    question.display()
+                ))
+                .into());
+            }
             let question = question.to_str().ok_or_else(|| UsageError("the question is not UTF-8".into()))?;
             Ok((documents.to_vec(), question.to_owned()))
         }

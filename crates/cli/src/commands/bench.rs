@@ -19,11 +19,12 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
 fn run_latency(args: &LatencyArgs) -> Result<ExitCode> {
     let mut model = args.model.clone();
     // The context of the measurement, unless the user asks for another.
-    model.max_model_len.get_or_insert(args.input_len + args.output_len);
+    let (input_len, output_len) = (args.input_len as usize, args.output_len as usize);
+    model.max_model_len.get_or_insert(input_len + output_len);
     let mut engine = progress::load(&model.loader(Precision::Float32)?)?;
     let config = LatencyConfig {
-        input_len: args.input_len,
-        output_len: args.output_len,
+        input_len,
+        output_len,
         runs: args.runs,
         chunk: args.chunk,
         threads: args.model.threads,

@@ -22,7 +22,7 @@ pub fn run(args: &ModelsArgs) -> Result<ExitCode> {
         Some(name) => match ModelRef::parse(name)? {
             ModelRef::Family(name) => family(&name).map(member).into_iter().collect(),
             model => {
-                let files = Loader::new(model).files()?;
+                let files = Loader { offline: args.offline, ..Loader::new(model) }.files()?;
                 vec![Row { name: files.name, context: files.spec.max_position_embeddings, spec: files.spec }]
             }
         },

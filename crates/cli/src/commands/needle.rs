@@ -11,7 +11,7 @@ use longhaul_longdoc::needle::{
 };
 use longhaul_longdoc::render::{TerminalStyle, terminal};
 
-use crate::args::{ModelArgs, NeedleArgs};
+use crate::args::{DTypeArg, LoadFormatArg, ModelArgs, NeedleArgs};
 use crate::output;
 use crate::progress;
 
@@ -28,7 +28,11 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
     let trained = files.spec.trained_window();
     let limit = args.model.max_model_len.unwrap_or(files.spec.max_position_embeddings.max(trained));
     let lengths = if args.lengths.is_empty() {
-        [1, 2, 4, 8].map(|n| n * trained).into_iter().filter(|l| l + args.max_tokens <= limit).collect()
+        // The answer needs room too where the window is the whole context.
+        let room = limit.saturating_sub(args.max_tokens);
+        let mut lengths: Vec<usize> = [1, 2, 4, 8].map(|n| (n * trained).min(room)).into();
+        lengths.dedup();
+        lengths
     } else {
         args.lengths.clone()
     };
@@ -44,7 +48,7 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
     };
     let defaults = NeedleConfig::default();
     let config = NeedleConfig {
-        model: files.name,
+        model: label(files.name, &args.model),
         lengths,
         depths: args.depths.clone(),
         modes,
@@ -62,7 +66,7 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
     let destination = args.out.clone().map(|dir| NeedleOutput { dir, overwrite: args.overwrite });
     let mut open = |mode| {
         let mut model = single(Some(mode));
-        model.max_model_len.get_or_insert(longest + args.max_tokens);
+        model.max_model_len.get_or_insert(longest.saturating_add(args.max_tokens));
         let engine = progress::load_engine(&model.loader(Precision::Fastest)?)?;
         Ok(Box::new(engine) as Box<dyn Generate>)
     };
@@ -79,6 +83,19 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
         eprintln!("wrote {}/needle.html, needle.svg, report.json", dir.display());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The model as reports and the resume check name it: results of other weights or another precision must not mix.
+fn label(mut name: String, args: &ModelArgs) -> String {
+    if args.load_format == LoadFormatArg::Dummy {
+        name.push_str(&format!(" (dummy weights, seed {})", args.dummy_seed));
+    }
+    match args.dtype {
+        DTypeArg::Auto => {}
+        DTypeArg::Float32 => name.push_str(", float32"),
+        DTypeArg::Bfloat16 => name.push_str(", bfloat16"),
+    }
+    name
 }
 
 fn read(path: &Path) -> Result<String> {

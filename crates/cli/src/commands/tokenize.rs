@@ -9,8 +9,8 @@ use serde_json::json;
 use crate::args::{DetokenizeArgs, TokenizeArgs};
 use crate::output;
 
-fn tokenizer(model: &str) -> Result<Tokenizer> {
-    let files = Loader::new(ModelRef::parse(model)?).files()?;
+fn tokenizer(model: &str, offline: bool) -> Result<Tokenizer> {
+    let files = Loader { offline, ..Loader::new(ModelRef::parse(model)?) }.files()?;
     Ok(files.tokenizer.ok_or(EngineError::NoTokenizer { model: files.name })?)
 }
 
@@ -32,7 +32,7 @@ pub fn tokenize(args: &TokenizeArgs) -> Result<ExitCode> {
     };
     let text = String::from_utf8(bytes)
         .map_err(|e| crate::exit::UsageError(format!("{origin} is not UTF-8 text: {}", e.utf8_error())))?;
-    let tokenizer = tokenizer(&args.model)?;
+    let tokenizer = tokenizer(&args.model, args.offline)?;
     let special = if args.parse_special { SpecialTokens::Parse } else { SpecialTokens::AsText };
     let ids = tokenizer.encode(&text, special)?;
     if args.json {
@@ -52,7 +52,7 @@ pub fn detokenize(args: &DetokenizeArgs) -> Result<ExitCode> {
         None if args.ids.is_empty() => super::parse_ids(&stdin()?, "stdin")?,
         None => args.ids.clone(),
     };
-    let tokenizer = tokenizer(&args.model)?;
+    let tokenizer = tokenizer(&args.model, args.offline)?;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= tokenizer.vocab_size()) {
         return Err(crate::exit::UsageError(format!(
             "token id {id} is outside the vocabulary of {} ids",
