@@ -52,7 +52,7 @@ pub struct ModelArgs {
     #[arg(long, value_parser = token_count, value_name = "TOKENS")]
     pub max_model_len: Option<usize>,
     /// How to read beyond the trained window: dca, yarn or none [default: what the checkpoint says, else dca as soon as
-    /// the context exceeds the window]
+    /// the context exceeds the window; needle compares none,dca]
     #[arg(long, value_name = "dca|yarn|none", value_delimiter = ',')]
     pub long_context: Vec<LongContext>,
     /// Never use the network

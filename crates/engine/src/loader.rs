@@ -284,19 +284,21 @@ impl ModelFiles {
             });
         }
         let tokenizer_config = optional(&dir.join("tokenizer_config.json"))?;
-        let mut template = match &tokenizer_config {
-            Some(bytes) => ChatTemplate::from_config_bytes(bytes, &origin("tokenizer_config.json"))?,
-            None => None,
+        // Newer checkpoints keep the template in a file of its own, which then is the one that counts.
+        let template = match (optional(&dir.join("chat_template.jinja"))?, &tokenizer_config) {
+            (Some(bytes), config) => {
+                let source = String::from_utf8(bytes).map_err(|e| EngineError::File {
+                    path: origin("chat_template.jinja"),
+                    message: format!("is not UTF-8: {e}"),
+                })?;
+                let token = |field| config.as_deref().and_then(|config| special_token(config, field));
+                let (bos, eos) = (token("bos_token"), token("eos_token"));
+                let file = origin("chat_template.jinja");
+                Some(ChatTemplate::new(&source, bos.as_deref(), eos.as_deref(), &file)?)
+            }
+            (None, Some(bytes)) => ChatTemplate::from_config_bytes(bytes, &origin("tokenizer_config.json"))?,
+            (None, None) => None,
         };
-        if template.is_none()
-            && let Some(bytes) = optional(&dir.join("chat_template.jinja"))?
-        {
-            let source = String::from_utf8(bytes).map_err(|e| EngineError::File {
-                path: origin("chat_template.jinja"),
-                message: format!("is not UTF-8: {e}"),
-            })?;
-            template = Some(ChatTemplate::new(&source, None, None, &origin("chat_template.jinja"))?);
-        }
         let generation = match optional(&dir.join("generation_config.json"))? {
             Some(bytes) => GenerationConfig::from_bytes(&bytes, &origin("generation_config.json"))?,
             None => GenerationConfig::default(),
@@ -310,6 +312,13 @@ impl ModelFiles {
             weights: WeightFiles::Directory(dir.into()),
         })
     }
+}
+
+/// A special token of `tokenizer_config.json`: a string, or an object with its `content`.
+fn special_token(config: &[u8], field: &str) -> Option<String> {
+    let config: serde_json::Value = serde_json::from_slice(config).ok()?;
+    let token = config.get(field)?;
+    token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
 }
 
 /// Config files beyond this are not config files.
@@ -332,5 +341,19 @@ fn optional(path: &Path) -> Result<Option<Vec<u8>>> {
             Err(failed(format!("has {} bytes; at most {MAX_CONFIG_BYTES} are read", meta.len())))
         }
         Ok(_) => std::fs::read(path).map(Some).map_err(|e| failed(format!("cannot be read: {e}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn special_tokens_are_strings_or_objects() {
+        let config = br#"{"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}, "unk_token": null}"#;
+        assert_eq!(special_token(config, "eos_token").as_deref(), Some("<|im_end|>"));
+        assert_eq!(special_token(config, "bos_token").as_deref(), Some("<s>"));
+        assert_eq!(special_token(config, "unk_token"), None);
+        assert_eq!(special_token(b"{", "eos_token"), None);
     }
 }
