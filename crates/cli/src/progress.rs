@@ -7,7 +7,8 @@ use longhaul_engine::{Engine, EngineError, Loader, Observer};
 
 use crate::output;
 
-fn bar(template: &str) -> ProgressBar {
+/// A bar on stderr with the style of all bars.
+pub fn bar(template: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("━╸ "));

@@ -2,7 +2,7 @@
 
 use longhaul_backend::{DType, Error, KvLayout, Result};
 
-use crate::linear::round;
+use crate::linear::{pair, round};
 
 /// Lanes that every row is padded to, so that no kernel needs a masked load.
 const PAD: usize = 16;
@@ -137,7 +137,7 @@ impl KvCache {
             Words::Bf16(keys) => {
                 let keys = keys.get_mut(k).ok_or_else(outside)?;
                 for (line, [a, b]) in keys.chunks_exact_mut(key_stride).zip(key.as_chunks::<2>().0) {
-                    line[slot] = round(*a) >> 16 | round(*b);
+                    line[slot] = pair(*a, *b);
                 }
             }
         }

@@ -27,3 +27,10 @@ fn parse_ids(text: &[u8], origin: &str) -> Result<Vec<u32>> {
         .into()
     })
 }
+
+/// Text that must be UTF-8; `origin` names it in the error.
+fn utf8(bytes: Vec<u8>, origin: &str) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        crate::exit::UsageError(format!("{origin} is not UTF-8 text: {}", e.utf8_error())).into()
+    })
+}

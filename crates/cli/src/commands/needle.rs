@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use longhaul_engine::{Generate, LongContext, Precision};
 use longhaul_longdoc::needle::{
     Cell, ModeInfo, NeedleConfig, NeedleObserver, NeedleOutput, Progress, run as run_needle,
@@ -100,9 +100,7 @@ fn label(mut name: String, args: &ModelArgs) -> String {
 
 fn read(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    String::from_utf8(bytes).map_err(|e| {
-        crate::exit::UsageError(format!("{} is not UTF-8 text: {}", path.display(), e.utf8_error())).into()
-    })
+    super::utf8(bytes, &path.display().to_string())
 }
 
 /// Colours on a terminal, unless NO_COLOR (no-color.org) is set.
@@ -124,10 +122,7 @@ struct Watcher {
 
 impl Watcher {
     fn new() -> Self {
-        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg}") {
-            bar.set_style(style.progress_chars("━╸ "));
-        }
+        let bar = progress::bar("{prefix} {bar:30} {pos}/{len} {msg}");
         Self { bar, start: Instant::now(), found: 0, asked: 0 }
     }
 }

@@ -30,8 +30,7 @@ pub fn tokenize(args: &TokenizeArgs) -> Result<ExitCode> {
         ),
         (None, None) => (stdin()?, "stdin".to_owned()),
     };
-    let text = String::from_utf8(bytes)
-        .map_err(|e| crate::exit::UsageError(format!("{origin} is not UTF-8 text: {}", e.utf8_error())))?;
+    let text = super::utf8(bytes, &origin)?;
     let tokenizer = tokenizer(&args.model, args.offline)?;
     let special = if args.parse_special { SpecialTokens::Parse } else { SpecialTokens::AsText };
     let ids = tokenizer.encode(&text, special)?;
