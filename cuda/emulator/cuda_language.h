@@ -44,6 +44,15 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float __uint_as_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 inline std::uint32_t __float_as_uint(float value) { return std::bit_cast<std::uint32_t>(value); }
 
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+template <class T>
+T __ldg(const T* address) {
+    return *address;
+}
+inline int __popc(std::uint32_t bits) { return std::popcount(bits); }
+inline int __ffs(std::uint32_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
+inline int __clz(std::uint32_t bits) { return std::countl_zero(bits); }
+
 inline void __syncthreads(const std::source_location where = std::source_location::current()) {
     const auto threads = static_cast<unsigned>(::emulator::this_thread().block->threads.size());
     ::emulator::block_barrier(0, threads, true, "__syncthreads", where);

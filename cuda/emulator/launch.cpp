@@ -42,6 +42,13 @@ private:
 class Launch;
 thread_local Launch* active = nullptr;
 
+// Mapping stacks costs more than a small launch, so a host thread keeps the largest pool it needed.
+StackPool& stacks_of_this_host_thread(std::size_t count) {
+    thread_local std::unique_ptr<StackPool> pool;
+    if (pool == nullptr || pool->count() < count) pool = std::make_unique<StackPool>(count, kStackBytes);
+    return *pool;
+}
+
 class Launch {
 public:
     Launch(const LaunchConfig& config, const std::function<void()>& body)
@@ -49,7 +56,7 @@ public:
           body_(body),
           random_(config.seed),
           resident_(std::min<unsigned>(config.resident_blocks, config.grid.count())),
-          stacks_(static_cast<std::size_t>(resident_) * config.block.count(), kStackBytes) {
+          stacks_(stacks_of_this_host_thread(static_cast<std::size_t>(resident_) * config.block.count())) {
         for (unsigned i = 0; i < resident_; ++i)
             shared_.push_back(std::make_unique<SharedMemory>(config.dynamic_shared_bytes));
         order_.resize(config.grid.count());
@@ -93,7 +100,7 @@ private:
     const std::function<void()>& body_;
     Random random_;
     unsigned resident_;
-    StackPool stacks_;
+    StackPool& stacks_;
     std::vector<std::unique_ptr<SharedMemory>> shared_;
     std::vector<unsigned> order_;  // blocks in order of admission
     std::size_t admitted_ = 0;
@@ -108,32 +115,43 @@ private:
     LaunchStats stats_;
 };
 
-// While a launch runs, segmentation faults of kernels (guard pages, wild pointers) become faults of the launch.
+// While a launch runs on a host thread, segmentation faults of its kernels (guard pages, wild pointers) become faults of
+// the launch. The handler is the process's and stays; faults outside a kernel go on to whoever handled them before.
 class SegmentationFaultHandler {
 public:
     SegmentationFaultHandler() : stack_(kSignalStackBytes) {
+        static const struct sigaction previous = install();
+        (void)previous;
         stack_t stack{};
         stack.ss_sp = stack_.data();
         stack.ss_size = stack_.size();
         sigaltstack(&stack, &old_stack_);
-        struct sigaction action {};
-        action.sa_sigaction = [](int, siginfo_t* info, void*) {
-            // Switches away from the signal stack for good; the faulting fiber is never resumed.
-            if (active != nullptr && active->current() != nullptr) active->segmentation_fault(info->si_addr);
-            signal(SIGSEGV, SIG_DFL);
-        };
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        sigaction(SIGSEGV, &action, &old_action_);
     }
-    ~SegmentationFaultHandler() {
-        sigaction(SIGSEGV, &old_action_, nullptr);
-        sigaltstack(&old_stack_, nullptr);
-    }
+    ~SegmentationFaultHandler() { sigaltstack(&old_stack_, nullptr); }
 
 private:
+    static struct sigaction& previous_action() {
+        static struct sigaction action {};
+        return action;
+    }
+    static struct sigaction install() {
+        struct sigaction action {};
+        action.sa_sigaction = [](int signal_number, siginfo_t* info, void* context) {
+            // Switches away from the signal stack for good; the faulting fiber is never resumed.
+            if (active != nullptr && active->current() != nullptr) active->segmentation_fault(info->si_addr);
+            const auto& before = previous_action();
+            if ((before.sa_flags & SA_SIGINFO) != 0)
+                before.sa_sigaction(signal_number, info, context);
+            else
+                signal(SIGSEGV, SIG_DFL);
+        };
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGSEGV, &action, &previous_action());
+        return previous_action();
+    }
+
     std::vector<unsigned char> stack_;
     stack_t old_stack_{};
-    struct sigaction old_action_ {};
 };
 
 void Launch::thread_main() {

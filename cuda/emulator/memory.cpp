@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <map>
+#include <mutex>
 #include <new>
 
 #include "runtime.h"
@@ -15,7 +16,7 @@ namespace {
 constexpr std::size_t kPage = 4096;
 // Room kept in front of the payload for the leading red zone.
 constexpr std::size_t kLeadingRedZone = 256;
-constexpr std::size_t kGlobalAlignment = 16;
+constexpr std::size_t kGlobalAlignment = 256;  // as cudaMalloc
 constexpr unsigned char kRedZone[2] = {0xfd, 0xff};  // 0xfffd as a 16-bit value
 
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -29,11 +30,26 @@ Registry& registry() {
     static Registry instance;
     return instance;
 }
+// Launches run on several host threads at once; each looks at all allocations.
+std::recursive_mutex& registry_mutex() {
+    static std::recursive_mutex instance;
+    return instance;
+}
+using Lock = std::lock_guard<std::recursive_mutex>;
 
 const Allocation* allocation_near(const void* address) {
     for (const auto& [base, allocation] : registry())
         if (allocation->region.near(address)) return allocation;
     return nullptr;
+}
+
+// The allocation that contains [value, value + bytes). The lock ends here: a fault abandons the frames above it.
+const Allocation* owner_of(std::uintptr_t value, std::size_t bytes) {
+    const Lock lock(registry_mutex());
+    const auto after = registry().upper_bound(value);
+    if (after == registry().begin()) return nullptr;
+    const auto& [base, allocation] = *std::prev(after);
+    return value + bytes <= base + allocation->region.bytes() ? allocation : nullptr;
 }
 
 }  // namespace
@@ -79,12 +95,17 @@ const unsigned char* GuardedRegion::damage() const {
 
 Allocation::Allocation(std::string name, std::size_t bytes, std::size_t width)
     : label(std::move(name)), region(bytes, kGlobalAlignment), poison_width(width) {
+    const Lock lock(registry_mutex());
     registry().emplace(reinterpret_cast<std::uintptr_t>(region.data()), this);
 }
 
-Allocation::~Allocation() { registry().erase(reinterpret_cast<std::uintptr_t>(region.data())); }
+Allocation::~Allocation() {
+    const Lock lock(registry_mutex());
+    registry().erase(reinterpret_cast<std::uintptr_t>(region.data()));
+}
 
 std::string describe_global(const void* address) {
+    const Lock lock(registry_mutex());
     const Allocation* allocation = allocation_near(address);
     if (allocation == nullptr) return "an address outside every global allocation";
     const auto offset = static_cast<const unsigned char*>(address) - allocation->region.data();
@@ -95,12 +116,7 @@ std::string describe_global(const void* address) {
 void check_global(const void* address, std::size_t bytes, std::size_t alignment, Access access,
                   const char* instruction) {
     const auto value = reinterpret_cast<std::uintptr_t>(address);
-    auto after = registry().upper_bound(value);
-    const Allocation* owner = nullptr;
-    if (after != registry().begin()) {
-        const auto& [base, allocation] = *std::prev(after);
-        if (value + bytes <= base + allocation->region.bytes()) owner = allocation;
-    }
+    const Allocation* owner = owner_of(value, bytes);
     if (owner == nullptr)
         raise(FaultKind::OutOfBounds, std::string(instruction) + (access == Access::Read ? " reads " : " writes ") +
                                           std::to_string(bytes) + " bytes at " + describe_global(address));
@@ -121,6 +137,7 @@ void check_global(const void* address, std::size_t bytes, std::size_t alignment,
 }
 
 std::string damaged_global_memory() {
+    const Lock lock(registry_mutex());
     for (const auto& [base, allocation] : registry())
         if (const auto* p = allocation->region.damage()) return "red zone overwritten at " + describe_global(p);
     return {};

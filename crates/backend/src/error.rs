@@ -41,6 +41,9 @@ pub enum Error {
         /// The library's own message.
         message: String,
     },
+    /// The device context is lost (illegal address, trap, uncorrectable memory error): only a new process can go on.
+    #[error("{0}")]
+    DeviceLost(String),
     /// Logits of a row were NaN or infinite: the request must fail instead of returning noise.
     #[error("row {row}: logits are not finite")]
     NotFinite {

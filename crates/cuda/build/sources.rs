@@ -1,0 +1,28 @@
+//! Where the device code lies.
+
+use std::path::{Path, PathBuf};
+
+/// Folders of `cuda/` that hold no kernels.
+const NOT_KERNELS: [&str; 3] = ["common", "emulator", "ptx"];
+
+/// Every kernel source: `cuda/<family>/<kernel>.cu`.
+pub fn kernels(root: &Path) -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(root)
+        .unwrap_or_else(|e| panic!("{}: {e}", root.display()))
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.is_dir() && !NOT_KERNELS.iter().any(|name| path.ends_with(name)))
+        .collect();
+    folders.sort();
+    folders.iter().flat_map(|folder| files(folder, "cu")).collect()
+}
+
+/// Files of `folder` with this extension, sorted.
+pub fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == extension))
+        .collect();
+    found.sort();
+    found
+}
