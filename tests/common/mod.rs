@@ -12,7 +12,11 @@ use serde_json::Value;
 /// The binary under test, without the network and without the caller's settings.
 pub fn longhaul() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_longhaul"));
-    command.env("LONGHAUL_OFFLINE", "1").env_remove("LONGHAUL_CPU_ISA").stdin(Stdio::null());
+    command
+        .env("LONGHAUL_OFFLINE", "1")
+        .env_remove("LONGHAUL_CPU_ISA")
+        .env_remove("LONGHAUL_EMULATOR")
+        .stdin(Stdio::null());
     command
 }
 
@@ -66,13 +70,23 @@ pub fn ids_file(ids: &[u32]) -> tempfile::NamedTempFile {
     file
 }
 
-/// Shape and values of `longhaul logits` on a golden case.
+/// Shape and values of `longhaul logits` on a golden case, on the CPU.
 pub fn logits(golden: &Golden, chunk: Option<usize>, extra: &[&str]) -> (Vec<usize>, Vec<f32>) {
+    logits_on("cpu", golden, chunk, extra)
+}
+
+/// As [`logits`], on `device`.
+pub fn logits_on(
+    device: &str,
+    golden: &Golden,
+    chunk: Option<usize>,
+    extra: &[&str],
+) -> (Vec<usize>, Vec<f32>) {
     let ids = ids_file(&golden.input_ids);
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("logits.safetensors");
     let mut command = longhaul();
-    command.args(["logits", "--device", "cpu", "--model"]).arg(&golden.dir);
+    command.args(["logits", "--device", device, "--model"]).arg(&golden.dir);
     command.arg("--ids-file").arg(ids.path()).arg("--out").arg(&out).args(extra);
     if let Some(chunk) = chunk {
         command.args(["--chunk", &chunk.to_string()]);

@@ -131,14 +131,16 @@ pub trait Backend {
     /// Shapes that do not fit.
     fn linear(&self, x: &Self::Tensor, linear: &Linear<Self>) -> Result<Self::Tensor>;
 
-    /// Splits `qkv` (`[rows, (query_heads + 2 * kv_heads) * head_dim]`), rotates k at its cache position, writes k and v to
-    /// their blocks and returns the **unrotated** q `[rows, query_heads * head_dim]`: its rotation depends on the key.
+    /// Adds `bias` to `qkv` (`[rows, (query_heads + 2 * kv_heads) * head_dim]`) and splits it, rotates k at its cache
+    /// position, writes k and v to their blocks and returns the **unrotated** q `[rows, query_heads * head_dim]`: its
+    /// rotation depends on the key.
     ///
     /// # Errors
     /// Shapes that do not fit, a position beyond the tables.
     fn rope_and_cache(
         &self,
         qkv: Self::Tensor,
+        bias: Option<&Self::Vector>,
         rope: &Self::Rope,
         step: &Self::Step,
         kv: &mut Self::KvCache,
@@ -171,6 +173,12 @@ pub trait Backend {
     /// # Errors
     /// Shapes that do not fit.
     fn moe(&self, x: &Self::Tensor, weights: &MoeWeights<Self>) -> Result<Self::Tensor>;
+
+    /// `x · weightᵀ` with the output embedding: logits in f32, whatever the precision of activations.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// Sum over the ranks of the tensor-parallel group; the identity on one rank.
     ///

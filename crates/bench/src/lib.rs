@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bandwidth;
+pub mod kernels;
 mod latency;
 
 pub use bandwidth::copy_bandwidth;

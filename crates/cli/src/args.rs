@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use longhaul_engine::{
-    Device, EngineError, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
+    Device, DeviceOptions, EmulatedOptions, EngineError, Kernels, LoadFormat, Loader, LongContext, ModelRef,
+    Precision, SamplingParams,
 };
 
 /// Serves the Qwen2 family with exact long context.
@@ -38,11 +39,21 @@ pub struct ModelArgs {
     /// dummy: random weights from a seed, no files needed
     #[arg(long, value_enum, default_value_t = LoadFormatArg::Auto)]
     pub load_format: LoadFormatArg,
-    /// Where to run
+    /// Where to run. auto: a CUDA device if there is one, else the CPU. emulated: the CUDA kernels on the CPU, slow, for
+    /// tests
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
-    /// Precision of products and KV cache. auto: bfloat16 for ask, chat and needle where the checkpoint is bfloat16 and
-    /// the CPU has bf16 dot products; float32, exact, everywhere else
+    /// Which CUDA kernels run: the fastest that take the shape, the plain reference ones, or mma.sync ones
+    #[arg(long, value_enum, default_value_t = KernelsArg::Auto)]
+    pub kernels: KernelsArg,
+    /// Run CUDA decode steps op by op instead of replaying recorded graphs
+    #[arg(long)]
+    pub enforce_eager: bool,
+    /// How the emulated device schedules, such as seed=3,copies=lazy,blocks=2
+    #[arg(long, env = "LONGHAUL_EMULATOR", value_parser = emulator_options, value_name = "KEY=VALUE,…", default_value = "")]
+    pub emulator: EmulatedOptions,
+    /// Precision of products and KV cache. auto: bfloat16 on a CUDA device, and for ask, chat and needle where the
+    /// checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact, everywhere else
     #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
     pub dtype: DTypeArg,
     /// CPU threads; 0 = all cores
@@ -81,16 +92,18 @@ impl ModelArgs {
                 LoadFormatArg::Auto => LoadFormat::Auto,
                 LoadFormatArg::Dummy => LoadFormat::Dummy,
             },
-            device: match self.device {
-                DeviceArg::Auto => Device::Auto,
-                DeviceArg::Cpu => Device::Cpu,
+            device: DeviceOptions {
+                device: self.device.into(),
+                precision: match self.dtype {
+                    DTypeArg::Auto => auto,
+                    DTypeArg::Float32 => Precision::Float32,
+                    DTypeArg::Bfloat16 => Precision::Bfloat16,
+                },
+                threads: self.threads,
+                kernels: self.kernels.into(),
+                enforce_eager: self.enforce_eager,
+                emulator: self.emulator,
             },
-            precision: match self.dtype {
-                DTypeArg::Auto => auto,
-                DTypeArg::Float32 => Precision::Float32,
-                DTypeArg::Bfloat16 => Precision::Bfloat16,
-            },
-            threads: self.threads,
             max_model_len: self.max_model_len,
             long_context: self.long_context.first().copied(),
             dummy_seed: self.dummy_seed,
@@ -109,6 +122,59 @@ pub enum LoadFormatArg {
 pub enum DeviceArg {
     Auto,
     Cpu,
+    Cuda,
+    Emulated,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelsArg {
+    Auto,
+    Plain,
+    Mma,
+}
+
+impl From<DeviceArg> for Device {
+    fn from(device: DeviceArg) -> Self {
+        match device {
+            DeviceArg::Auto => Device::Auto,
+            DeviceArg::Cpu => Device::Cpu,
+            DeviceArg::Cuda => Device::Cuda,
+            DeviceArg::Emulated => Device::Emulated,
+        }
+    }
+}
+
+impl From<KernelsArg> for Kernels {
+    fn from(kernels: KernelsArg) -> Self {
+        match kernels {
+            KernelsArg::Auto => Kernels::Auto,
+            KernelsArg::Plain => Kernels::Plain,
+            KernelsArg::Mma => Kernels::Mma,
+        }
+    }
+}
+
+/// `seed=N`, `copies=eager|lazy`, `blocks=N` (in flight), `sm=80|89|90`, `multiprocessors=N`, separated by commas.
+pub fn emulator_options(text: &str) -> Result<EmulatedOptions, String> {
+    let mut options = EmulatedOptions::default();
+    for setting in text.split(',').filter(|s| !s.is_empty()) {
+        let (key, value) = setting.split_once('=').ok_or_else(|| format!("{setting:?} is not KEY=VALUE"))?;
+        let number = || match value.parse::<u32>() {
+            Ok(n) if n > 0 => Ok(n),
+            _ => Err(format!("{key}: expected a positive number, got {value:?}")),
+        };
+        match (key, value) {
+            ("seed", _) => options.seed = number()?.into(),
+            ("blocks", _) => options.resident_blocks = number()?,
+            ("sm", _) => options.compute_capability = number()?,
+            ("multiprocessors", _) => options.multiprocessors = number()?,
+            ("copies", "eager") => options.eager = true,
+            ("copies", "lazy") => options.eager = false,
+            ("copies", _) => return Err(format!("copies: eager or lazy, got {value:?}")),
+            _ => return Err(format!("{key:?} is none of seed, copies, blocks, sm, multiprocessors")),
+        }
+    }
+    Ok(options)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -396,6 +462,27 @@ pub struct BenchArgs {
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
     Latency(LatencyArgs),
+    Kernels(KernelsArgs),
+}
+
+/// Every CUDA kernel at the shapes of the five models, beside the limit it is a fraction of
+#[derive(Debug, Args)]
+pub struct KernelsArgs {
+    /// Where to run. emulated: bytes and operations are counted, nothing is launched
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+    /// Which kernels run
+    #[arg(long, value_enum, default_value_t = KernelsArg::Auto)]
+    pub kernels: KernelsArg,
+    /// Only ops whose name contains this, such as attention
+    #[arg(long, value_name = "TEXT")]
+    pub op: Option<String>,
+    /// Only this model, such as qwen2-7b
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// One request at a time: prefill and decode speed, decode as a fraction of the memory bandwidth

@@ -11,9 +11,12 @@ use longhaul_model::ModelError;
 const USAGE: u8 = 64;
 const DATA: u8 = 65;
 const NO_INPUT: u8 = 66;
+const UNAVAILABLE: u8 = 69;
 const SOFTWARE: u8 = 70;
 const OS: u8 = 71;
 const IO: u8 = 74;
+/// The device is lost: start the process again, elsewhere if it happens twice.
+const DEVICE_LOST: u8 = 76;
 const CONFIG: u8 = 78;
 
 /// Wrong usage that only shows after parsing.
@@ -68,12 +71,14 @@ fn code(error: &anyhow::Error) -> u8 {
 
 fn engine_code(error: &EngineError) -> u8 {
     match error {
-        EngineError::Parameter { .. } | EngineError::UnknownModel(_) | EngineError::Device { .. } => USAGE,
+        EngineError::Parameter { .. } | EngineError::UnknownModel(_) => USAGE,
+        EngineError::Device { .. } => UNAVAILABLE,
         EngineError::TooLong { .. } | EngineError::Text(_) => DATA,
         EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
         EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,
         EngineError::Model(ModelError::Backend(error)) | EngineError::Backend(error) => match error {
             BackendError::OutOfMemory { .. } => OS,
+            BackendError::DeviceLost(_) => DEVICE_LOST,
             _ => SOFTWARE,
         },
         EngineError::Model(ModelError::Weights(_)) => NO_INPUT,

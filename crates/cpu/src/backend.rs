@@ -179,6 +179,7 @@ impl Backend for Cpu {
     fn rope_and_cache(
         &self,
         qkv: Tensor,
+        bias: Option<&Vec<f32>>,
         rope: &RopeTables,
         step: &StepInputs,
         kv: &mut KvCache,
@@ -188,15 +189,21 @@ impl Backend for Cpu {
         let layout = *kv.layout();
         let (rows, cols) = dims(OP, &qkv)?;
         let (q_size, kv_size) = (layout.query_heads * layout.head_dim, layout.kv_heads * layout.head_dim);
-        if cols != q_size + 2 * kv_size || rows != step.rows() {
+        let bias_fits = bias.is_none_or(|bias| bias.len() == cols);
+        if cols != q_size + 2 * kv_size || rows != step.rows() || !bias_fits {
             return Err(Error::shape(
                 OP,
-                format!("qkv [{rows}, {cols}] for {layout:?}, {} rows", step.rows()),
+                format!(
+                    "qkv [{rows}, {cols}], bias {:?} for {layout:?}, {} rows",
+                    bias.map(Vec::len),
+                    step.rows()
+                ),
             ));
         }
         let mut q = Vec::with_capacity(rows * q_size);
         with_values(OP, &qkv, |qkv| {
             let mut lines = qkv.chunks_exact(cols);
+            let mut biased = vec![0.0; cols];
             let mut rotated = vec![0.0; layout.head_dim];
             let half = layout.head_dim / 2;
             for sequence in &step.sequences {
@@ -210,7 +217,11 @@ impl Backend for Cpu {
                     })?;
                     let block = sequence.block_table[position / layout.block_size] as usize;
                     let slot = position % layout.block_size;
-                    let (line_q, line_kv) = line.split_at(q_size);
+                    biased.copy_from_slice(line);
+                    if let Some(bias) = bias {
+                        biased.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+                    }
+                    let (line_q, line_kv) = biased.split_at(q_size);
                     q.extend_from_slice(line_q);
                     let (keys, values) = line_kv.split_at(kv_size);
                     let heads = keys.chunks_exact(layout.head_dim).zip(values.chunks_exact(layout.head_dim));
@@ -254,6 +265,13 @@ impl Backend for Cpu {
         let (rows, _) = dims("moe", x)?;
         let out = with_values("moe", x, |x| self.pool.install(|| moe(self.gemm, x, rows, weights)))?;
         from_rows("moe", out, rows)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        let (rows, _) = dims("logits", x)?;
+        let out =
+            with_values("logits", x, |x| self.pool.install(|| self.gemm.linear_vec(x, rows, weight, None)))?;
+        from_rows("logits", out, rows)
     }
 
     fn all_reduce(&self, x: Tensor) -> Result<Tensor> {

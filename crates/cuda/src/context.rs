@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytemuck::Pod;
 
 use crate::arena::Arena;
-use crate::driver::{DevicePtr, Driver, Element, Geometry};
+use crate::driver::{DevicePtr, Driver, Element, Geometry, Memory};
 use crate::tensor::{Tensor, padded_cols};
 use crate::{CudaError, Result};
 
@@ -65,9 +65,28 @@ pub struct Context {
     pub variant: Variant,
     /// Element of activations, and of weights and KV unless they say otherwise: bf16, or f32 for debugging.
     pub element: Element,
+    counters: Arc<Memory>,
 }
 
 impl Context {
+    /// Arrival counters that kernels share: zero before and after every launch.
+    pub(crate) const COUNTERS: usize = 1 << 16;
+
+    /// Takes the shared counters from `driver`.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(driver: Arc<dyn Driver>, arena: Arena, variant: Variant, element: Element) -> Result<Self> {
+        let counters = Memory::new(&driver, Self::COUNTERS * 4, "arrival counters")?;
+        driver.fill(counters.address(), 0, counters.bytes())?;
+        Ok(Self { driver, arena, variant, element, counters: Arc::new(counters) })
+    }
+
+    /// Address of the shared arrival counters.
+    pub(crate) fn counters(&self) -> DevicePtr {
+        self.counters.address()
+    }
+
     /// An uninitialised tensor from the arena. `op` names it in messages.
     ///
     /// # Errors

@@ -51,7 +51,9 @@ impl KvCache {
             DType::F32 => Element::F32,
             DType::BF16 => Element::Bf16,
             other => {
-                return Err(CudaError::Unsupported(format!("a KV cache of {other}; use bfloat16 or float32")));
+                return Err(CudaError::Unsupported(format!(
+                    "a KV cache of {other}; use bfloat16 or float32"
+                )));
             }
         };
         Self::with_element(driver, layout, element, None)

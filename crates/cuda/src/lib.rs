@@ -4,18 +4,22 @@
 //! emulated one on the CPU, so that every line of this crate is tested without a GPU.
 
 pub mod arena;
+mod backend;
 pub mod context;
 pub mod driver;
 mod error;
 pub mod kv;
 pub mod ops;
 pub mod rope;
+mod sizes;
 pub mod step;
 mod tensor;
 pub mod weights;
 
+pub use backend::{Cuda, describe};
 pub use context::{Context, Kernel, KernelInfo, Variant};
 pub use error::{CudaError, Result};
+pub use sizes::{Limits, Sizes};
 pub use tensor::{Tensor, padded_cols};
 
 /// The kernel registry: every kernel that this crate launches.

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use longhaul_backend::RopeTables;
 
-use crate::Result;
 use crate::driver::{DevicePtr, Driver, Memory};
+use crate::step::Step;
+use crate::{CudaError, Result};
 
 /// Mirror of `longhaul::RopeParams`.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -53,5 +54,25 @@ impl Rope {
             reserved: 0,
         };
         Ok(Self { params, tables, _cos: cos, _sin: sin })
+    }
+
+    /// Checks that the tables are of this head size and reach every position of `step`.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] for `op`.
+    pub fn check(&self, step: &Step, head_dim: usize, op: &'static str) -> Result<()> {
+        if self.tables.half_dim * 2 != head_dim {
+            let table_dim = self.tables.half_dim * 2;
+            return Err(CudaError::shape(op, format!("rotation of {table_dim} for heads of {head_dim}")));
+        }
+        let last = step.max_kv_len.saturating_sub(1);
+        if self.tables.chunking.is_none() && last >= self.tables.rows {
+            let rows = self.tables.rows;
+            return Err(CudaError::shape(
+                op,
+                format!("position {last} is beyond the {rows} rows of the tables"),
+            ));
+        }
+        Ok(())
     }
 }

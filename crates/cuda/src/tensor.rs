@@ -29,6 +29,11 @@ impl Tensor {
         Self { range: Arc::new(range), rows, cols, stride: padded_cols(cols, element), element }
     }
 
+    /// The first `rows` rows, sharing the memory; at most all of them.
+    pub fn first_rows(&self, rows: usize) -> Tensor {
+        Tensor { rows: rows.min(self.rows), ..self.clone() }
+    }
+
     /// Address of the first element.
     pub fn address(&self) -> DevicePtr {
         self.range.address()

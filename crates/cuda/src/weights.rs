@@ -13,7 +13,6 @@ use crate::{CudaError, Result};
 #[derive(Clone, Debug)]
 pub struct Matrix {
     memory: Arc<Memory>,
-    offset: usize,
     /// Output features.
     pub rows: usize,
     /// Input features.
@@ -50,12 +49,27 @@ impl Matrix {
             driver.upload(memory.address().offset(at * stride * element.size()), &bytes)?;
             at += r;
         }
-        Ok(Self { memory: Arc::new(memory), offset: 0, rows, cols, stride, element })
+        Ok(Self { memory: Arc::new(memory), rows, cols, stride, element })
+    }
+
+    /// A matrix whose contents are undefined (measurements).
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn uninitialised(
+        driver: &Arc<dyn Driver>,
+        rows: usize,
+        cols: usize,
+        element: Element,
+    ) -> Result<Self> {
+        let stride = padded_cols(cols, element);
+        let memory = Memory::new(driver, rows * stride * element.size(), "weights")?;
+        Ok(Self { memory: Arc::new(memory), rows, cols, stride, element })
     }
 
     /// Address of the first element.
     pub fn address(&self) -> DevicePtr {
-        self.memory.address().offset(self.offset)
+        self.memory.address()
     }
 
     /// Bytes of the weight without padding.
@@ -158,6 +172,11 @@ impl Experts {
         driver.upload(up_address, &encode(up, self.element, h, self.gate_up_stride))?;
         let down_address = self.down().offset(index * h * self.down_stride * size);
         driver.upload(down_address, &encode(down, self.element, i, self.down_stride))
+    }
+
+    /// Bytes of all experts; gate and up come first.
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes()
     }
 
     /// `[experts, 2 * intermediate, gate_up_stride]`: each expert's gate rows, then its up rows.

@@ -154,7 +154,7 @@ impl Engine {
         sink: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         self.check_prompt(prompt, 0)?;
-        let chunk = check_chunk(chunk)?;
+        let chunk = check_chunk(chunk)?.min(self.runner.max_rows()).min(self.runner.max_logit_rows());
         self.with_sequence(prompt.len(), |engine, sequence| {
             for ids in prompt.chunks(chunk) {
                 let step = engine.step(sequence, ids, (0..ids.len()).collect());
@@ -185,7 +185,7 @@ impl Engine {
 
         let start = Instant::now();
         let total = request.prompt.len();
-        let chunk = check_chunk(request.chunk)?;
+        let chunk = check_chunk(request.chunk)?.min(self.runner.max_rows());
         let mut next = None;
         for ids in request.prompt.chunks(chunk) {
             let last = sequence.length + ids.len() == total;

@@ -6,14 +6,18 @@
 
 mod api;
 mod blocks;
+mod cuda_runner;
 mod demo;
+mod device;
 mod engine;
 mod error;
 mod loader;
 mod runner;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
+pub use device::{Device, DeviceOptions, Kernels, Precision, kernel_context};
 pub use engine::Engine;
 pub use error::{EngineError, Result};
-pub use loader::{Device, LoadFormat, Loader, ModelFiles, ModelRef, Precision};
+pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};
+pub use longhaul_cuda::driver::EmulatedOptions;
 pub use longhaul_model::LongContext;

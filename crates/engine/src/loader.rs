@@ -2,16 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use longhaul_backend::{DType, KvLayout};
-use longhaul_cpu::Cpu;
-use longhaul_cpu::simd::Isa;
-use longhaul_model::{LongContext, Model, ModelSpec, PositionProfile, family, family_names};
+use longhaul_backend::DType;
+use longhaul_model::{LongContext, ModelSpec, PositionProfile, family, family_names};
 use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
 use longhaul_weights::{Checkpoint, Dummy, TensorSource};
 
 use crate::blocks::BlockPool;
+use crate::device::{DeviceOptions, place};
 use crate::engine::Engine;
-use crate::runner::CpuRunner;
 use crate::{EngineError, Result, demo};
 
 /// Which model, as the user names it.
@@ -73,39 +71,6 @@ pub enum LoadFormat {
     Dummy,
 }
 
-/// Where the model runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Device {
-    /// The fastest device of this machine.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-}
-
-/// Precision of matrix products and of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Precision {
-    /// Exact products of the stored weights, f32 cache.
-    #[default]
-    Float32,
-    /// Operands rounded to bf16, f32 sums, bf16 cache.
-    Bfloat16,
-    /// bfloat16 where the checkpoint is bfloat16 and the CPU has bf16 dot products, otherwise float32.
-    Fastest,
-}
-
-impl Precision {
-    fn resolve(self, checkpoint: Option<DType>) -> longhaul_cpu::Precision {
-        let fast = checkpoint == Some(DType::BF16) && Isa::active() == Ok(Isa::Avx512Bf16);
-        match self {
-            Precision::Bfloat16 => longhaul_cpu::Precision::Bf16,
-            Precision::Fastest if fast => longhaul_cpu::Precision::Bf16,
-            _ => longhaul_cpu::Precision::F32,
-        }
-    }
-}
-
 /// Everything that decides how a model is loaded.
 #[derive(Debug, Clone)]
 pub struct Loader {
@@ -113,12 +78,8 @@ pub struct Loader {
     pub model: ModelRef,
     /// Where weights come from.
     pub load_format: LoadFormat,
-    /// Where it runs.
-    pub device: Device,
-    /// Precision of matrix products.
-    pub precision: Precision,
-    /// CPU threads; 0 = all cores.
-    pub threads: usize,
+    /// Where and how it runs.
+    pub device: DeviceOptions,
     /// Tokens of context; `None` = what the checkpoint says.
     pub max_model_len: Option<usize>,
     /// Long-context mode; `None` = what the checkpoint and the context ask for.
@@ -135,9 +96,7 @@ impl Loader {
         Self {
             model,
             load_format: LoadFormat::Auto,
-            device: Device::Auto,
-            precision: Precision::Float32,
-            threads: 0,
+            device: DeviceOptions::default(),
             max_model_len: None,
             long_context: None,
             dummy_seed: 0,
@@ -184,35 +143,18 @@ impl Loader {
                 Box::new(Checkpoint::open(path, &expected, &files.spec.ignorable_tensors())?)
             }
         };
-        let precision = self.precision.resolve(files.spec.dtype);
-        let cpu = Cpu::new(self.threads, precision)
-            .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
-        let device = cpu.description();
-        let model = Model::load(cpu, &files.spec, &positions, source.as_ref(), progress)?;
-        let block_size = positions.block_size();
-        let layout = KvLayout {
-            layers: files.spec.layers,
-            query_heads: files.spec.query_heads,
-            kv_heads: files.spec.kv_heads,
-            head_dim: files.spec.head_dim,
-            block_size,
-            blocks: positions.max_model_len.div_ceil(block_size),
-            dtype: match precision {
-                longhaul_cpu::Precision::F32 => DType::F32,
-                longhaul_cpu::Precision::Bf16 => DType::BF16,
-            },
-        };
+        let placed = place(&self.device, &files.spec, &positions, source.as_ref(), progress)?;
         Ok(Engine {
             name: files.name,
-            runner: Box::new(CpuRunner::new(model, layout)?),
-            blocks: BlockPool::new(layout.blocks),
-            block_size,
+            runner: placed.runner,
+            blocks: BlockPool::new(placed.blocks),
+            block_size: placed.block_size,
             spec: files.spec,
             positions,
             tokenizer: files.tokenizer,
             template: files.template,
             generation: files.generation,
-            device,
+            device: placed.description,
         })
     }
 }

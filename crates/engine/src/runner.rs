@@ -13,6 +13,16 @@ pub(crate) trait Runner: Send {
 
     /// Runs a step and returns the logits `[logit_rows, vocab]` of the rows that want them.
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>>;
+
+    /// Most rows of a step.
+    fn max_rows(&self) -> usize {
+        usize::MAX
+    }
+
+    /// Most rows of a step whose logits may be wanted.
+    fn max_logit_rows(&self) -> usize {
+        usize::MAX
+    }
 }
 
 /// The [`Runner`] on the CPU. A step runs inside the thread pool as a whole: entering it once instead of for every op

@@ -15,7 +15,7 @@ pub struct Model<B: Backend> {
     embedding: B::Matrix,
     layers: Vec<Layer<B>>,
     norm: B::Vector,
-    lm_head: Linear<B>,
+    lm_head: B::Matrix,
     rope: B::Rope,
     eps: f32,
 }
@@ -23,6 +23,7 @@ pub struct Model<B: Backend> {
 struct Layer<B: Backend> {
     input_norm: B::Vector,
     qkv: Linear<B>,
+    qkv_bias: Option<B::Vector>,
     output: Linear<B>,
     post_attention_norm: B::Vector,
     mlp: Mlp<B>,
@@ -61,7 +62,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn layer(&self, spec: &ModelSpec, layer: usize) -> Result<Layer<B>> {
         let name = |suffix: &str| layer_tensor(layer, suffix);
         let qkv = |kind: &str| ["q", "k", "v"].map(|p| name(&format!("self_attn.{p}_proj.{kind}")));
-        let bias = if spec.qkv_bias { Some(self.vector(&qkv("bias"))?) } else { None };
+        let qkv_bias = if spec.qkv_bias { Some(self.vector(&qkv("bias"))?) } else { None };
         let mlp = match &spec.moe {
             Some(moe) if spec.is_sparse(layer) => Mlp::Sparse(self.experts(moe, layer)?),
             _ => Mlp::Dense {
@@ -71,7 +72,8 @@ impl<'a, B: Backend> Loader<'a, B> {
         };
         Ok(Layer {
             input_norm: self.vector(&[name("input_layernorm.weight")])?,
-            qkv: Linear { weight: self.matrix(&qkv("weight"))?, bias },
+            qkv: self.linear(&qkv("weight"))?,
+            qkv_bias,
             output: self.linear(&[name("self_attn.o_proj.weight")])?,
             post_attention_norm: self.vector(&[name("post_attention_layernorm.weight")])?,
             mlp,
@@ -140,15 +142,7 @@ impl<B: Backend> Model<B> {
         };
         let rope = backend.rope(positions.tables())?;
         report();
-        Ok(Self {
-            embedding,
-            layers,
-            norm,
-            lm_head: Linear { weight: head, bias: None },
-            rope,
-            eps: spec.rms_norm_eps as f32,
-            backend,
-        })
+        Ok(Self { embedding, layers, norm, lm_head: head, rope, eps: spec.rms_norm_eps as f32, backend })
     }
 
     /// The device.
@@ -184,7 +178,7 @@ impl<B: Backend> Model<B> {
         for (index, layer) in self.layers.iter().enumerate() {
             let (normed, mut stream) = b.add_rms_norm(x, residual, &layer.input_norm, self.eps)?;
             let qkv = b.linear(&normed, &layer.qkv)?;
-            let mut q = b.rope_and_cache(qkv, &self.rope, &step, kv, index)?;
+            let mut q = b.rope_and_cache(qkv, layer.qkv_bias.as_ref(), &self.rope, &step, kv, index)?;
             if index == last {
                 if !wants_logits {
                     return Ok(None);
@@ -211,6 +205,6 @@ impl<B: Backend> Model<B> {
         let x = b.logit_rows(&x, step)?;
         let residual = residual.map(|stream| b.logit_rows(&stream, step)).transpose()?;
         let (normed, _) = b.add_rms_norm(x, residual, &self.norm, self.eps)?;
-        Ok(Some(b.linear(&normed, &self.lm_head)?))
+        Ok(Some(b.logits(&normed, &self.lm_head)?))
     }
 }

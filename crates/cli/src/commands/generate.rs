@@ -14,7 +14,7 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 /// `longhaul generate`
 pub fn run(args: &GenerateArgs) -> Result<ExitCode> {
     let ids = args.ids_file.as_deref().map(super::read_ids).transpose()?;
-    let mut engine = progress::load(&args.model.loader(Precision::Float32)?)?;
+    let mut engine = progress::load(&args.model.loader(Precision::Auto)?)?;
     let prompt = match (ids, &args.prompt) {
         (Some(ids), _) => ids,
         (None, Some(text)) => {

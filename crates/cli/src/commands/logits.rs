@@ -15,7 +15,7 @@ use crate::progress;
 /// `longhaul logits`
 pub fn run(args: &LogitsArgs) -> Result<ExitCode> {
     let ids = super::read_ids(&args.ids_file)?;
-    let mut engine = progress::load(&args.model.loader(Precision::Float32)?)?;
+    let mut engine = progress::load(&args.model.loader(Precision::Auto)?)?;
     let vocab = engine.spec().vocab_size;
     let start = Instant::now();
     let mut file = LogitsFile::create(&args.out, ids.len(), vocab)

@@ -1,10 +1,32 @@
 //! The ops of the backend: one module a kernel family, each a typed launch of kernels in `cuda/`.
 
+pub mod activation;
+pub mod attention;
+pub mod embedding;
+pub mod gemm;
+mod grouped;
+pub mod moe;
 pub mod norm;
+pub mod rope;
+pub mod sampling;
+mod skinny;
 
 use crate::context::KernelInfo;
 
 /// Every kernel of this crate, by family.
 pub(crate) fn kernels() -> impl Iterator<Item = &'static KernelInfo> {
-    [norm::KERNELS].into_iter().flatten()
+    [
+        activation::KERNELS,
+        attention::KERNELS,
+        embedding::KERNELS,
+        gemm::KERNELS,
+        grouped::KERNELS,
+        moe::KERNELS,
+        norm::KERNELS,
+        rope::KERNELS,
+        sampling::KERNELS,
+        skinny::KERNELS,
+    ]
+    .into_iter()
+    .flatten()
 }

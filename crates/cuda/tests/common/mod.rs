@@ -23,7 +23,7 @@ pub fn schedules() -> Vec<EmulatedOptions> {
 pub fn context(options: EmulatedOptions, variant: Variant, element: Element) -> Context {
     let driver: Arc<dyn Driver> = Arc::new(Emulated::new(options).expect("this build has the emulator"));
     let arena = Arena::new(&driver, 64 << 20).expect("arena");
-    Context { driver, arena, variant, element }
+    Context::new(driver, arena, variant, element).expect("context")
 }
 
 /// Deterministic values in `[-1, 1)` (splitmix64).

@@ -1,0 +1,285 @@
+//! [`Backend`] on a driver: every op is one function of [`crate::ops`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use longhaul_backend::{
+    Backend, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables, Sampled,
+    SamplingRow, StepInputs,
+};
+
+use crate::arena::Arena;
+use crate::context::{Context, Variant};
+use crate::driver::{Driver, Element, GraphId, Memory};
+use crate::kv::KvCache;
+use crate::ops::{activation, attention, embedding, gemm, moe, norm, rope, sampling};
+use crate::padded_cols;
+use crate::rope::Rope;
+use crate::sizes::{Limits, Sizes};
+use crate::step::Step;
+use crate::tensor::Tensor;
+use crate::weights::{Experts, Matrix, Vector};
+
+/// Step buffers: the step, and its logit rows for the last layer.
+const STEP_BUFFERS: usize = 2;
+
+/// One CUDA device (or emulated one) as a backend.
+pub struct Cuda {
+    ctx: Context,
+    limits: Limits,
+    step_memory: Vec<Arc<Memory>>,
+    /// Where logits go: outside the arena, so that a recorded step leaves them at a fixed place.
+    logits: Tensor,
+    /// The step of a recording, uploaded before it began.
+    prepared: Mutex<Option<Step>>,
+}
+
+impl Cuda {
+    /// Takes the memory of steps within `limits` of a model of `sizes`.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(
+        driver: Arc<dyn Driver>,
+        variant: Variant,
+        element: Element,
+        sizes: &Sizes,
+        limits: Limits,
+    ) -> crate::Result<Self> {
+        let arena = Arena::new(&driver, sizes.arena_bytes(&limits, element, &*driver))?;
+        let step_bytes = Step::capacity_bytes(limits.rows, limits.sequences, limits.blocks);
+        let step_memory = (0..STEP_BUFFERS)
+            .map(|_| Memory::new(&driver, step_bytes, "step inputs").map(Arc::new))
+            .collect::<crate::Result<_>>()?;
+        let logits_bytes = limits.logit_rows * padded_cols(sizes.vocab, Element::F32) * 4;
+        let outputs = Arena::new(&driver, logits_bytes + driver.red_zone_bytes() + 256)?;
+        let range = outputs.take(logits_bytes, "logits")?;
+        let logits = Tensor::new(range, limits.logit_rows, sizes.vocab, Element::F32);
+        let ctx = Context::new(driver, arena, variant, element)?;
+        Ok(Self { ctx, limits, step_memory, logits, prepared: Mutex::new(None) })
+    }
+
+    /// Driver, arena and kernel choice.
+    pub fn context(&self) -> &Context {
+        &self.ctx
+    }
+
+    /// What a step may hold.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Uploads a step now, for the next [`Backend::begin_step`] with equal rows, which then uploads nothing: a recording
+    /// holds launches only, and a replay takes its lengths from here.
+    ///
+    /// # Errors
+    /// As [`Backend::begin_step`].
+    pub fn prepare(&self, inputs: StepInputs, kv: &KvCache) -> Result<()> {
+        *self.prepared_step() = None;
+        let step = self.upload(inputs, kv)?;
+        *self.prepared_step() = Some(step);
+        Ok(())
+    }
+
+    /// Records what `forward` launches. Nothing of it runs.
+    ///
+    /// # Errors
+    /// Those of `forward` and of the driver.
+    pub fn record<R>(&self, forward: impl FnOnce() -> Result<R>) -> Result<(GraphId, R)> {
+        self.ctx.driver.begin_recording()?;
+        let result = forward();
+        let graph = self.ctx.driver.end_recording();
+        let result = result?;
+        Ok((graph?, result))
+    }
+
+    /// Runs a recording on the step that was last prepared.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn replay(&self, graph: GraphId) -> Result<()> {
+        *self.prepared_step() = None;
+        Ok(self.ctx.driver.replay(graph)?)
+    }
+
+    /// The first `rows` rows of the last step's logits.
+    pub fn last_logits(&self, rows: usize) -> Tensor {
+        self.logits.first_rows(rows)
+    }
+
+    fn prepared_step(&self) -> MutexGuard<'_, Option<Step>> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn upload(&self, inputs: StepInputs, kv: &KvCache) -> Result<Step> {
+        inputs.check(kv.layout())?;
+        let blocks: usize = inputs.sequences.iter().map(|s| s.block_table.len()).sum();
+        let holds = Limits {
+            rows: inputs.rows(),
+            sequences: inputs.sequences.len(),
+            blocks,
+            logit_rows: inputs.logit_rows.len(),
+        };
+        if let Some(excess) = self.limits.exceeded_by(&holds) {
+            return Err(Error::Step(excess));
+        }
+        // The first free buffer: equal sequences of steps get equal addresses.
+        let free = self.step_memory.iter().find(|memory| Arc::strong_count(memory) == 1);
+        let memory = free.ok_or_else(|| Error::Step("more than two steps are alive at once".into()))?;
+        Ok(Step::upload(&self.ctx.driver, memory.clone(), inputs)?)
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Experts = Experts;
+    type Rope = Rope;
+    type KvCache = KvCache;
+    type Step = Step;
+
+    fn matrix(&self, parts: Vec<HostTensor<'_>>) -> Result<Matrix> {
+        Ok(Matrix::new(&self.ctx.driver, &parts, self.ctx.element)?)
+    }
+
+    fn vector(&self, parts: Vec<HostTensor<'_>>) -> Result<Vector> {
+        Ok(Vector::new(&self.ctx.driver, &parts)?)
+    }
+
+    fn experts<'a>(
+        &self,
+        count: usize,
+        load: &mut dyn FnMut(usize) -> Result<ExpertWeights<'a>>,
+    ) -> Result<Experts> {
+        let mut experts: Option<Experts> = None;
+        for index in 0..count {
+            let expert = load(index)?;
+            let (intermediate, hidden) = expert.gate.matrix_dims()?;
+            let driver = &self.ctx.driver;
+            let all = match &mut experts {
+                Some(all) => all,
+                none => none.insert(Experts::new(driver, count, intermediate, hidden, self.ctx.element)?),
+            };
+            all.set(driver, index, &expert.gate, &expert.up, &expert.down)?;
+        }
+        experts.ok_or_else(|| Error::shape("experts", "a mixture of no experts"))
+    }
+
+    fn rope(&self, tables: RopeTables) -> Result<Rope> {
+        Ok(Rope::new(&self.ctx.driver, tables)?)
+    }
+
+    fn kv_cache(&self, layout: KvLayout) -> Result<KvCache> {
+        Ok(KvCache::new(&self.ctx.driver, layout)?)
+    }
+
+    fn begin_step(&self, inputs: StepInputs, kv: &KvCache) -> Result<Step> {
+        if let Some(step) = &*self.prepared_step()
+            && *step.inputs == inputs
+        {
+            return Ok(step.clone());
+        }
+        self.upload(inputs, kv)
+    }
+
+    fn embed(&self, table: &Matrix, step: &Step) -> Result<Tensor> {
+        Ok(embedding::embed(&self.ctx, table, step)?)
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: Tensor,
+        residual: Option<Tensor>,
+        weight: &Vector,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        Ok(norm::add_rms_norm(&self.ctx, &x, residual.as_ref(), weight, eps)?)
+    }
+
+    fn linear(&self, x: &Tensor, linear: &Linear<Self>) -> Result<Tensor> {
+        Ok(gemm::linear(&self.ctx, x, &linear.weight, linear.bias.as_ref(), self.ctx.element)?)
+    }
+
+    fn rope_and_cache(
+        &self,
+        qkv: Tensor,
+        bias: Option<&Vector>,
+        rope: &Rope,
+        step: &Step,
+        kv: &mut KvCache,
+        layer: usize,
+    ) -> Result<Tensor> {
+        Ok(rope::rope_and_cache(&self.ctx, &qkv, bias, rope, step, kv, layer)?)
+    }
+
+    fn attention(&self, q: &Tensor, rope: &Rope, step: &Step, kv: &KvCache, layer: usize) -> Result<Tensor> {
+        Ok(attention::attention(&self.ctx, q, rope, step, kv, layer)?)
+    }
+
+    fn linear_silu_and_mul(&self, x: &Tensor, gate_up: &Matrix) -> Result<Tensor> {
+        Ok(gemm::linear_silu_and_mul(&self.ctx, x, gate_up)?)
+    }
+
+    fn moe(&self, x: &Tensor, weights: &MoeWeights<Self>) -> Result<Tensor> {
+        let ctx = &self.ctx;
+        let scores = gemm::linear(ctx, x, &weights.router, None, Element::F32)?;
+        let routing = moe::route(ctx, &scores, weights.top_k, weights.norm_topk_prob)?;
+        let routed = moe::experts(ctx, x, &routing, &weights.experts)?;
+        let shared = match &weights.shared {
+            Some(shared) => {
+                let gated = gemm::linear_silu_and_mul(ctx, x, &shared.gate_up)?;
+                let out = gemm::linear(ctx, &gated, &shared.down, None, ctx.element)?;
+                Some((out, gemm::linear(ctx, x, &shared.gate, None, Element::F32)?))
+            }
+            None => None,
+        };
+        Ok(moe::combine(ctx, &routed, &routing, shared.as_ref().map(|(out, gate)| (out, gate)))?)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        if x.rows > self.logits.rows || weight.rows != self.logits.cols {
+            return Err(Error::shape(
+                "logits",
+                format!(
+                    "{} rows of {} logits for a buffer of [{}, {}]",
+                    x.rows, weight.rows, self.logits.rows, self.logits.cols
+                ),
+            ));
+        }
+        let out = self.logits.first_rows(x.rows);
+        gemm::linear_into(&self.ctx, x, weight, None, &out)?;
+        Ok(out)
+    }
+
+    fn all_reduce(&self, x: Tensor) -> Result<Tensor> {
+        Ok(x)
+    }
+
+    fn logit_rows(&self, x: &Tensor, step: &Step) -> Result<Tensor> {
+        Ok(embedding::gather_logit_rows(&self.ctx, x, step)?)
+    }
+
+    fn to_host(&self, x: &Tensor) -> Result<Vec<f32>> {
+        Ok(self.ctx.tensor_to_f32(x)?)
+    }
+
+    fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        sampling::sample(&self.ctx, logits, rows)
+    }
+}
+
+/// What the device is and how it computes, for reports.
+pub fn describe(ctx: &Context) -> String {
+    let precision = match ctx.element {
+        Element::F32 => "float32",
+        _ => "bfloat16",
+    };
+    let variant = match ctx.variant {
+        Variant::Auto => "",
+        Variant::Plain => ", plain kernels",
+        Variant::Mma => ", mma kernels",
+    };
+    let properties = ctx.driver.properties();
+    let capability = properties.compute_capability;
+    format!("{}, sm_{capability}, {precision}{variant}", properties.name)
+}

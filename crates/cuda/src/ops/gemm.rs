@@ -1,0 +1,152 @@
+//! Dense products (`cuda/gemm/`): our kernels for few rows, the vendor's library for many.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::context::{Context, Kernel, KernelInfo, Variant};
+use crate::driver::{DevicePtr, Element, Gemm, Geometry};
+use crate::ops::activation::silu_and_mul;
+use crate::ops::skinny;
+use crate::tensor::Tensor;
+use crate::weights::{Matrix, Vector};
+use crate::{CudaError, Result};
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct GemmParams {
+    x: DevicePtr,
+    weight: DevicePtr,
+    bias: DevicePtr,
+    out: DevicePtr,
+    rows: u32,
+    n: u32,
+    k: u32,
+    x_stride: u32,
+    weight_stride: u32,
+    out_stride: u32,
+}
+
+const PLAIN_BF16: Kernel<GemmParams> = Kernel::new("gemm_plain_bf16");
+const PLAIN_BF16_F32: Kernel<GemmParams> = Kernel::new("gemm_plain_bf16_f32");
+const PLAIN_F32: Kernel<GemmParams> = Kernel::new("gemm_plain_f32");
+
+/// Kernels of this module.
+pub(crate) const KERNELS: &[KernelInfo] = &[PLAIN_BF16.info(), PLAIN_BF16_F32.info(), PLAIN_F32.info()];
+
+/// Warps of a block of the plain kernel, one output element each.
+const PLAIN_WARPS: usize = 8;
+/// Most rows in one launch of the plain kernel (grid limit).
+const PLAIN_ROWS: usize = 65_535;
+
+/// `x · weightᵀ + bias` in `out`'s element: `[rows, n]`.
+///
+/// # Errors
+/// Shapes or elements that do not fit, or no room in the arena.
+pub fn linear(
+    ctx: &Context,
+    x: &Tensor,
+    weight: &Matrix,
+    bias: Option<&Vector>,
+    out: Element,
+) -> Result<Tensor> {
+    let out = ctx.tensor("linear", x.rows, weight.rows, out)?;
+    linear_into(ctx, x, weight, bias, &out)?;
+    Ok(out)
+}
+
+/// As [`linear`], into a tensor that is there.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_into(
+    ctx: &Context,
+    x: &Tensor,
+    weight: &Matrix,
+    bias: Option<&Vector>,
+    out: &Tensor,
+) -> Result<()> {
+    const OP: &str = "linear";
+    let bias_fits = bias.is_none_or(|b| b.len == weight.rows);
+    let out_fits = (out.rows, out.cols) == (x.rows, weight.rows);
+    if x.cols != weight.cols || x.element != weight.element || !bias_fits || !out_fits {
+        return Err(CudaError::shape(
+            OP,
+            format!(
+                "x {:?} [{}, {}], weight {:?} [{}, {}], bias {:?}, out [{}, {}]",
+                x.element,
+                x.rows,
+                x.cols,
+                weight.element,
+                weight.rows,
+                weight.cols,
+                bias.map(|b| b.len),
+                out.rows,
+                out.cols
+            ),
+        ));
+    }
+    if x.rows == 0 {
+        return Ok(());
+    }
+    let bias = bias.map_or(DevicePtr::NULL, Vector::address);
+    if skinny::takes(ctx, x, weight) {
+        return skinny::linear(ctx, x, weight, bias, out);
+    }
+    if ctx.variant != Variant::Plain && x.rows > skinny::MOST_ROWS {
+        return ctx.driver.gemm(&Gemm {
+            x: x.address(),
+            x_stride: x.stride,
+            weight: weight.address(),
+            weight_stride: weight.stride,
+            bias,
+            out: out.address(),
+            out_stride: out.stride,
+            m: x.rows,
+            n: weight.rows,
+            k: x.cols,
+            element: x.element,
+            out_element: out.element,
+        });
+    }
+    let kernel = match (x.element, out.element) {
+        (Element::Bf16, Element::Bf16) => PLAIN_BF16,
+        (Element::Bf16, Element::F32) => PLAIN_BF16_F32,
+        (Element::F32, Element::F32) => PLAIN_F32,
+        (from, to) => return Err(CudaError::Unsupported(format!("{OP}: {from:?} to {to:?}"))),
+    };
+    for first in (0..x.rows).step_by(PLAIN_ROWS) {
+        let rows = (x.rows - first).min(PLAIN_ROWS);
+        let params = GemmParams {
+            x: x.row_address(first),
+            weight: weight.address(),
+            bias,
+            out: out.row_address(first),
+            rows: rows as u32,
+            n: weight.rows as u32,
+            k: x.cols as u32,
+            x_stride: x.stride as u32,
+            weight_stride: weight.stride as u32,
+            out_stride: out.stride as u32,
+        };
+        let grid = [weight.rows.div_ceil(PLAIN_WARPS) as u32, rows as u32, 1];
+        ctx.launch(&kernel, Geometry::grid(grid, 32 * PLAIN_WARPS as u32), params)?;
+    }
+    Ok(())
+}
+
+/// `silu(x · gateᵀ) * (x · upᵀ)` for `gate_up` = gate rows stacked on up rows: `[rows, n]` in x's element.
+///
+/// # Errors
+/// As [`linear`]; an odd number of rows of `gate_up`.
+pub fn linear_silu_and_mul(ctx: &Context, x: &Tensor, gate_up: &Matrix) -> Result<Tensor> {
+    const OP: &str = "linear_silu_and_mul";
+    if !gate_up.rows.is_multiple_of(2) || gate_up.rows == 0 || x.cols != gate_up.cols {
+        return Err(CudaError::shape(
+            OP,
+            format!("x [{}, {}], gate and up [{}, {}]", x.rows, x.cols, gate_up.rows, gate_up.cols),
+        ));
+    }
+    if x.element == gate_up.element && skinny::takes(ctx, x, gate_up) {
+        return skinny::linear_silu_and_mul(ctx, x, gate_up);
+    }
+    silu_and_mul(ctx, &linear(ctx, x, gate_up, None, x.element)?)
+}

@@ -1,0 +1,90 @@
+//! How much memory a step takes, from the model's widths: everything is taken at start.
+
+use crate::driver::{Driver, Element};
+use crate::tensor::padded_cols;
+
+/// Widths of the model on this rank, in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sizes {
+    /// Residual stream.
+    pub hidden: usize,
+    /// q, k and v together.
+    pub qkv: usize,
+    /// q alone.
+    pub query: usize,
+    /// Columns of the dense MLP, or of the shared expert.
+    pub intermediate: usize,
+    /// Columns of one expert; 0 without experts.
+    pub expert_intermediate: usize,
+    /// Experts.
+    pub experts: usize,
+    /// Experts a token visits.
+    pub top_k: usize,
+    /// Rows of the output embedding.
+    pub vocab: usize,
+}
+
+/// What one step may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows (tokens).
+    pub rows: usize,
+    /// Sequences.
+    pub sequences: usize,
+    /// Block table entries of all sequences.
+    pub blocks: usize,
+    /// Rows whose logits are wanted.
+    pub logit_rows: usize,
+}
+
+impl Limits {
+    /// What of `step` is more than these limits, in words.
+    pub fn exceeded_by(&self, step: &Limits) -> Option<String> {
+        [
+            ("rows", step.rows, self.rows),
+            ("sequences", step.sequences, self.sequences),
+            ("block table entries", step.blocks, self.blocks),
+            ("logit rows", step.logit_rows, self.logit_rows),
+        ]
+        .into_iter()
+        .find(|(_, wanted, limit)| wanted > limit)
+        .map(|(what, wanted, limit)| format!("{wanted} {what}; the device's buffers are for {limit}"))
+    }
+}
+
+/// Partial sums and work lists of split kernels: at most this, whatever the model.
+const SCRATCH_BYTES: usize = 48 << 20;
+
+impl Sizes {
+    /// Bytes of the step arena: the tensors of a layer that are alive at once, and the sampler's.
+    pub fn arena_bytes(&self, limits: &Limits, element: Element, driver: &dyn Driver) -> usize {
+        let red_zone = driver.red_zone_bytes() + 256;
+        let tensor =
+            |rows: usize, cols: usize, e: Element| rows * padded_cols(cols, e) * e.size() + 256 + red_zone;
+        let rows = limits.rows;
+        let act = |cols: usize| tensor(rows, cols, element);
+        let stream = tensor(rows, self.hidden, Element::F32) + 2 * act(self.hidden);
+        let attention = act(self.qkv) + 2 * act(self.query) + act(self.hidden);
+        let dense = act(2 * self.intermediate) + act(self.intermediate) + act(self.hidden);
+        let slots = rows * self.top_k;
+        let routed = tensor(slots, self.expert_intermediate, element)
+            + tensor(slots, self.hidden, Element::F32)
+            + tensor(rows, 2 * self.experts, Element::F32)
+            + 8 * tensor(slots, 1, Element::U32);
+        let sampler = 2 * tensor(limits.logit_rows, self.vocab, Element::F32);
+        stream + attention.max(dense + routed).max(sampler) + SCRATCH_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_that_is_exceeded_is_named() {
+        let limits = Limits { rows: 8, sequences: 2, blocks: 4, logit_rows: 2 };
+        assert_eq!(limits.exceeded_by(&limits), None);
+        let message = limits.exceeded_by(&Limits { blocks: 5, ..limits }).unwrap();
+        assert!(message.contains("5 block table entries") && message.contains("for 4"), "{message}");
+    }
+}

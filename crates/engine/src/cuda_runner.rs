@@ -1,0 +1,152 @@
+//! The [`Runner`] on a CUDA device, real or emulated.
+
+use std::collections::HashMap;
+
+use longhaul_backend::{Backend, KvLayout, Sampled, SamplingRow, StepInputs};
+use longhaul_cuda::driver::GraphId;
+use longhaul_cuda::kv::KvCache;
+use longhaul_cuda::{Cuda, Tensor};
+use longhaul_model::Model;
+
+use crate::Result;
+use crate::runner::Runner;
+
+/// Runs steps eagerly, and pure-decode steps from recorded graphs once a batch size has been seen.
+pub(crate) struct CudaRunner {
+    model: Model<Cuda>,
+    kv: KvCache,
+    /// By bucket of rows: seen once (`None`), then recorded.
+    graphs: HashMap<usize, Option<GraphId>>,
+    use_graphs: bool,
+}
+
+impl CudaRunner {
+    pub(crate) fn new(model: Model<Cuda>, layout: KvLayout, use_graphs: bool) -> Result<Self> {
+        let kv = model.kv_cache(layout)?;
+        Ok(Self { model, kv, graphs: HashMap::new(), use_graphs })
+    }
+
+    fn forward(&mut self, inputs: StepInputs) -> Result<Option<Tensor>> {
+        let rows = inputs.rows();
+        let cuda = self.model.backend();
+        let bucket = bucket(rows, cuda.limits().rows.min(cuda.limits().sequences));
+        let (true, Some(bucket)) = (self.use_graphs && is_decode(&inputs), bucket) else {
+            return Ok(self.model.forward(inputs, &mut self.kv)?);
+        };
+        let graph = match self.graphs.get(&bucket) {
+            // The first step of a bucket runs eagerly: what libraries load or choose once is not for a recording.
+            None => {
+                self.graphs.insert(bucket, None);
+                return Ok(self.model.forward(inputs, &mut self.kv)?);
+            }
+            Some(Some(graph)) => *graph,
+            Some(None) => {
+                let padded = pad(inputs.clone(), bucket);
+                cuda.prepare(padded.clone(), &self.kv)?;
+                let (model, kv) = (&self.model, &mut self.kv);
+                let (graph, _) = cuda.record(|| model.forward(padded, kv).map_err(step_error))?;
+                self.graphs.insert(bucket, Some(graph));
+                graph
+            }
+        };
+        cuda.prepare(inputs, &self.kv)?;
+        cuda.replay(graph)?;
+        Ok(Some(cuda.last_logits(rows)))
+    }
+}
+
+/// The backend's error inside a model's.
+fn step_error(error: longhaul_model::ModelError) -> longhaul_backend::Error {
+    match error {
+        longhaul_model::ModelError::Backend(error) => error,
+        other => longhaul_backend::Error::Load(Box::new(other)),
+    }
+}
+
+/// One row a sequence, and the logits of all of them.
+fn is_decode(inputs: &StepInputs) -> bool {
+    inputs.sequences.iter().all(|s| s.rows == 1) && inputs.logit_rows.iter().copied().eq(0..inputs.rows())
+}
+
+/// The recorded batch size that serves `rows`: 1, 2, 4, then multiples of 8.
+fn bucket(rows: usize, limit: usize) -> Option<usize> {
+    let bucket = match rows {
+        0..=2 => rows,
+        3..=4 => 4,
+        _ => rows.next_multiple_of(8),
+    };
+    (bucket <= limit && bucket > 0).then_some(bucket)
+}
+
+/// `inputs` with its last sequence repeated up to `rows` rows. Only recorded, never run: it stands for the shape.
+fn pad(mut inputs: StepInputs, rows: usize) -> StepInputs {
+    while inputs.rows() < rows {
+        let (Some(id), Some(scale), Some(sequence)) = (
+            inputs.ids.last().copied(),
+            inputs.logit_scales.last().copied(),
+            inputs.sequences.last().cloned(),
+        ) else {
+            break;
+        };
+        inputs.logit_rows.push(inputs.ids.len());
+        inputs.ids.push(id);
+        inputs.logit_scales.push(scale);
+        inputs.sequences.push(sequence);
+    }
+    inputs
+}
+
+impl Runner for CudaRunner {
+    fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        match self.forward(inputs)? {
+            Some(logits) => Ok(self.model.backend().sample(&logits, rows)?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
+        match self.forward(inputs)? {
+            Some(logits) => Ok(self.model.backend().to_host(&logits)?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn max_rows(&self) -> usize {
+        self.model.backend().limits().rows
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.model.backend().limits().logit_rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use longhaul_backend::SequenceInputs;
+
+    #[test]
+    fn buckets_hold_their_rows() {
+        for rows in 1..=64 {
+            let bucket = bucket(rows, 64).unwrap();
+            assert!(bucket >= rows && bucket <= 64);
+            assert!(bucket - rows < 8);
+        }
+        assert_eq!(bucket(65, 64), None);
+        assert_eq!(bucket(3, 3), None, "a padded batch must fit, too");
+    }
+
+    #[test]
+    fn padding_is_a_consistent_plan() {
+        let inputs = StepInputs {
+            ids: vec![1, 2, 3],
+            logit_scales: vec![1.0; 3],
+            sequences: vec![SequenceInputs { rows: 1, kv_len: 4, block_table: vec![0] }; 3],
+            logit_rows: vec![0, 1, 2],
+        };
+        assert!(is_decode(&inputs));
+        let padded = pad(inputs, 4);
+        assert!(is_decode(&padded));
+        assert_eq!((padded.rows(), padded.sequences.len()), (4, 4));
+    }
+}

@@ -1,0 +1,134 @@
+//! The whole GPU path without a GPU: `--device emulated` runs the CUDA kernels on the CPU.
+
+mod common;
+
+use common::{fail, ids_file, json_output, logits_on, longhaul, succeed};
+use longhaul_testkit::{Golden, assert_close, golden_cases, goldens_dir};
+
+/// max|Δlogits| / max|logits| with bf16 activations and KV cache.
+const BF16_TOLERANCE: f32 = 4e-2;
+/// With f32 activations, weights and KV cache.
+const F32_TOLERANCE: f32 = 1e-3;
+
+/// Every golden, whole and chunked, with eager and lazy copies: each run takes another schedule of the emulator.
+#[test]
+fn goldens_match_in_bfloat16() {
+    for (seed, case) in golden_cases().into_iter().enumerate() {
+        let golden = Golden::load(&case);
+        for (chunk, copies) in [(None, "eager"), (None, "lazy"), (Some(7), "eager"), (Some(64), "lazy")] {
+            let emulator = format!("seed={},copies={copies},blocks=2", seed + 1);
+            let (shape, values) = logits_on("emulated", &golden, chunk, &["--emulator", &emulator]);
+            assert_eq!(shape, [golden.input_ids.len(), golden.vocab]);
+            let name = format!("{} chunk {chunk:?} {copies}", golden.name);
+            assert_close(&name, &values, &golden.logits, BF16_TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn goldens_match_in_float32() {
+    for case in golden_cases() {
+        let golden = Golden::load(&case);
+        for chunk in [None, Some(7)] {
+            let (_, values) = logits_on("emulated", &golden, chunk, &["--dtype", "float32"]);
+            let name = format!("{} chunk {chunk:?} float32", golden.name);
+            assert_close(&name, &values, &golden.logits, F32_TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn goldens_match_with_plain_kernels() {
+    for case in golden_cases() {
+        let golden = Golden::load(&case);
+        let (_, values) = logits_on("emulated", &golden, None, &["--kernels", "plain"]);
+        assert_close(&format!("{} plain", golden.name), &values, &golden.logits, BF16_TOLERANCE);
+    }
+}
+
+/// Greedy tokens in float32 are the reference's, from recorded graphs and op by op.
+#[test]
+fn greedy_tokens_match_with_and_without_graphs() {
+    for case in golden_cases() {
+        let golden = Golden::load(&case);
+        for extra in [&[][..], &["--enforce-eager"]] {
+            let ids = ids_file(&golden.input_ids);
+            let mut command = longhaul();
+            command.args([
+                "generate",
+                "--temperature",
+                "0",
+                "--ignore-eos",
+                "--json",
+                "--device",
+                "emulated",
+            ]);
+            command.args(["--dtype", "float32"]).args(extra);
+            command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
+            command.args(["--max-tokens", &golden.greedy.len().to_string()]);
+            let got: Vec<u32> = serde_json::from_value(json_output(&mut command)["ids"].clone()).unwrap();
+            assert_eq!(got, golden.greedy, "{} {extra:?}", golden.name);
+        }
+    }
+}
+
+/// The same seed draws the same tokens on the CPU and on the emulated device.
+#[test]
+fn sampled_tokens_match_the_cpu() {
+    let golden = Golden::load(&goldens_dir().join("dense-tied"));
+    let run = |device: &str| -> Vec<u32> {
+        let ids = ids_file(&golden.input_ids);
+        let mut command = longhaul();
+        command.args(["generate", "--ignore-eos", "--json", "--device", device, "--dtype", "float32"]);
+        command.args(["--temperature", "0.8", "--top-p", "0.9", "--top-k", "40", "--seed", "5"]);
+        command.args(["--repetition-penalty", "1.1", "--max-tokens", "24"]);
+        command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
+        serde_json::from_value(json_output(&mut command)["ids"].clone()).unwrap()
+    };
+    assert_eq!(run("emulated"), run("cpu"));
+}
+
+/// A planted fact in a text of about 2,000 tokens, through the product's own command.
+#[test]
+fn ask_answers_from_a_long_text() {
+    let filler = "The road went on between the fields, and nobody spoke of what had happened in the spring. ";
+    let fact = "The secret code of Lisbon is 48213. ";
+    let text = format!("{}{fact}{}", filler.repeat(50), filler.repeat(50));
+    let file = tempfile::Builder::new().suffix(".txt").tempfile().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    let mut command = longhaul();
+    command.args(["ask", "--device", "emulated", "--json", "--document"]).arg(file.path());
+    command.arg("What is the secret code of Lisbon?");
+    let answer = json_output(&mut command);
+    assert!(answer["answer"].as_str().unwrap().contains("48213"), "{answer}");
+    let tokens = answer["prompt_tokens"].as_u64().unwrap();
+    assert!(tokens >= 1500, "only {tokens} tokens");
+}
+
+#[test]
+fn a_missing_device_is_explained() {
+    let mut command = longhaul();
+    command.args(["generate", "--device", "cuda", "--prompt", "x"]);
+    let (code, message) = fail(&mut command);
+    assert_eq!(code, 69, "{message}");
+    assert!(message.contains("--device cuda") && message.contains("--device cpu"), "{message}");
+}
+
+#[test]
+fn wrong_emulator_settings_are_named() {
+    for (setting, expected) in
+        [("seed", "KEY=VALUE"), ("copies=late", "eager or lazy"), ("speed=1", "none of")]
+    {
+        let mut command = longhaul();
+        command.args(["generate", "--device", "emulated", "--prompt", "x", "--emulator", setting]);
+        let (code, message) = fail(&mut command);
+        assert!(message.contains(expected) && code != 70, "{setting}: {code}, {message}");
+    }
+}
+
+#[test]
+fn auto_means_the_cpu_where_there_is_no_gpu() {
+    let mut command = longhaul();
+    command.args(["generate", "--prompt", "The", "--max-tokens", "1", "--json"]);
+    succeed(&mut command);
+}
