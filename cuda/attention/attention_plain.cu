@@ -1,6 +1,6 @@
 // Plain attention: one block a (row, query head), any even head_dim up to 256, any group, any block size.
 //
-// Causal over the paged cache, online softmax in f32 over tiles of one key a thread. A query is rotated against keys of its
+// Causal over the paged cache, online softmax in f32 over tiles of four keys a thread. A query is rotated against keys of its
 // own chunk, of the previous one, and of all before (docs/architecture.md, "Positions"); plain positions are one chunk.
 #include "../common/element.h"
 #include "../common/fp8.h"
@@ -13,6 +13,8 @@ namespace {
 
 constexpr uint32_t kThreads = 128;
 constexpr uint32_t kMostHeadDim = 256;
+constexpr uint32_t kKeysPerThread = 4;
+constexpr uint32_t kTile = kThreads * kKeysPerThread;
 
 template <class C>
 __device__ __forceinline__ float cached(const void* plane, uint64_t index) {
@@ -26,7 +28,7 @@ __device__ __forceinline__ float cached<uint8_t>(const void* plane, uint64_t ind
 template <class T, class C>
 __device__ __forceinline__ void attention_plain(const AttentionParams& p) {
     PTX_SHARED_ARRAY(float, query, kVariants* kMostHeadDim);
-    PTX_SHARED_ARRAY(float, weights, kThreads);
+    PTX_SHARED_ARRAY(float, weights, kTile);
     PTX_SHARED_ARRAY(float, scratch, 32);
     const uint32_t row = blockIdx.x, head = blockIdx.y, d = p.kv.head_dim, half = d / 2;
     if (row >= p.step->rows) return;
@@ -48,25 +50,37 @@ __device__ __forceinline__ void attention_plain(const AttentionParams& p) {
     const float scale = p.step->logit_scale(row) * p.kv.key_scale(kv_head);
     const float minus_infinity = __uint_as_float(0xff800000u);
     float largest = minus_infinity, sum = 0.0f, out[2] = {0.0f, 0.0f};
-    for (uint32_t first = 0; first <= position; first += kThreads) {
-        const uint32_t key = first + threadIdx.x;
-        float score = minus_infinity;
-        if (key <= position) {
-            const uint32_t distance = chunk - p.rope.chunk_of(key);
-            const float* rotated = query + (distance < kVariants ? distance : kVariants - 1) * kMostHeadDim;
-            const uint64_t index = p.kv.index(p.step->block(sequence, key, p.kv.block_size), kv_head, key % p.kv.block_size);
-            float dot = 0.0f;
-#pragma unroll 4
-            for (uint32_t i = 0; i < d; ++i) dot += rotated[i] * cached<C>(p.kv.keys, index + i);
-            score = dot * scale;
+    for (uint32_t first = 0; first <= position; first += kTile) {
+        float score[kKeysPerThread], tile_largest = minus_infinity;
+#pragma unroll
+        for (uint32_t part = 0; part < kKeysPerThread; ++part) {
+            const uint32_t key = first + part * kThreads + threadIdx.x;
+            score[part] = minus_infinity;
+            if (key <= position) {
+                const uint32_t distance = chunk - p.rope.chunk_of(key);
+                const float* rotated = query + (distance < kVariants ? distance : kVariants - 1) * kMostHeadDim;
+                const uint32_t block = p.step->block(sequence, key, p.kv.block_size);
+                const uint64_t index = p.kv.index(block, kv_head, key % p.kv.block_size);
+                float dot = 0.0f;
+#pragma unroll 2
+                for (uint32_t i = 0; i < d; ++i) dot += rotated[i] * cached<C>(p.kv.keys, index + i);
+                score[part] = dot * scale;
+            }
+            tile_largest = Max{}(tile_largest, score[part]);
         }
-        const float tile_largest = block_reduce(score, scratch, minus_infinity, Max{});
+        tile_largest = block_reduce(tile_largest, scratch, minus_infinity, Max{});
         const float now = Max{}(largest, tile_largest);
-        const float weight = expf(score - now), correction = expf(largest - now);
-        weights[threadIdx.x] = weight;
-        sum = sum * correction + block_reduce(weight, scratch, 0.0f, Sum{});
+        const float correction = expf(largest - now);
+        float tile_sum = 0.0f;
+#pragma unroll
+        for (uint32_t part = 0; part < kKeysPerThread; ++part) {
+            const float weight = expf(score[part] - now);
+            weights[part * kThreads + threadIdx.x] = weight;
+            tile_sum += weight;
+        }
+        sum = sum * correction + block_reduce(tile_sum, scratch, 0.0f, Sum{});
         largest = now;
-        const uint32_t keys = position + 1 - first < kThreads ? position + 1 - first : kThreads;
+        const uint32_t keys = position + 1 - first < kTile ? position + 1 - first : kTile;
 #pragma unroll
         for (uint32_t part = 0; part < 2; ++part) {
             const uint32_t i = part * kThreads + threadIdx.x;

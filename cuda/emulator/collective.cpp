@@ -1,6 +1,7 @@
 // Meeting points: warp collectives and block barriers.
 #include <algorithm>
 #include <bit>
+#include <cstring>
 
 #include "runtime.h"
 
@@ -41,7 +42,7 @@ void warp_collective(std::uint32_t mask, const char* operation, const void* in, 
     if (exchange->mask != mask)
         mismatch("another lane waits in " + std::string(exchange->operation) + " with mask " +
                  hexadecimal(exchange->mask));
-    if (std::string(exchange->operation) != operation)
+    if (exchange->operation != operation && std::strcmp(exchange->operation, operation) != 0)
         mismatch("another lane of the mask executes " + std::string(exchange->operation));
 
     exchange->in[lane] = in;
@@ -77,18 +78,18 @@ void block_barrier(unsigned id, unsigned count, bool sync, const char* operation
                                               std::to_string(count) + " threads, the block has " +
                                               std::to_string(block.threads.size()));
     BlockBarrier& barrier = block.barriers[id];
-    const std::string here = std::string(where.file_name()) + ":" + std::to_string(where.line());
+    const auto here = [&] { return std::string(where.file_name()) + ":" + std::to_string(where.line()); };
     if (barrier.arrived == 0) {
         barrier.expected = count;
         barrier.where = where;
     } else if (barrier.expected != count) {
-        raise(FaultKind::DivergentBarrier, std::string(operation) + " at " + here + ": barrier " + std::to_string(id) +
+        raise(FaultKind::DivergentBarrier, std::string(operation) + " at " + here() + ": barrier " + std::to_string(id) +
                                                " is used with " + std::to_string(count) + " and with " +
                                                std::to_string(barrier.expected) + " threads");
     } else if (id == 0 && (barrier.where.line() != where.line() ||
-                           std::string(barrier.where.file_name()) != where.file_name())) {
+                           std::strcmp(barrier.where.file_name(), where.file_name()) != 0)) {
         // __syncthreads in divergent code is undefined even where the counts would add up.
-        raise(FaultKind::DivergentBarrier, describe_thread(thread) + " is at the __syncthreads of " + here +
+        raise(FaultKind::DivergentBarrier, describe_thread(thread) + " is at the __syncthreads of " + here() +
                                                ", others wait at line " + std::to_string(barrier.where.line()));
     }
     if (++barrier.arrived == barrier.expected) {

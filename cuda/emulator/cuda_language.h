@@ -88,6 +88,9 @@ T shuffle_value(ShuffleKind kind, std::uint32_t mask, T value, int operand, int 
     return value;
 }
 
+// sum[16][8] += a[16][depth] * b[8][depth]ᵀ, each sum in the order of k.
+void multiply_add_16x8(const float* a, const float* b, int depth, double (&sum)[16][8]);
+
 // A read-modify-write in one step; other threads may run before and after it.
 template <class T, class Update>
 T atomic_update(T* address, Update update) {

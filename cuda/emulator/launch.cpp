@@ -82,6 +82,10 @@ public:
     const LaunchConfig& config() const { return config_; }
     void preemption_point();
     void note_progress() { fruitless_polls_ = 0; }
+    // A warp that gained a lane may now be the one to run.
+    void note_ready(const Warp& warp) {
+        if (favourite_ != nullptr && warp.priority > favourite_->priority) favourite_ = nullptr;
+    }
     void start_async(std::function<void()> effect) { current_->block->deferred.push_back(std::move(effect)); }
     void note_read_only(const void* address, std::size_t bytes);
 
@@ -107,6 +111,7 @@ private:
     std::vector<std::unique_ptr<Block>> blocks_;
     ExecutionContext scheduler_;
     Thread* current_ = nullptr;
+    Warp* favourite_ = nullptr;  // the ready warp of highest priority, if known
     std::optional<Fault> fault_;
     void* crash_address_ = nullptr;
     std::uint64_t fruitless_polls_ = 0;
@@ -217,7 +222,10 @@ void Launch::finish(Block& block) {
 }
 
 // A change point: this warp now yields to all others until they are stuck or demoted themselves.
-void Launch::demote(Warp& warp) { warp.priority = (std::uint64_t{1} << 62) - ++demotions_; }
+void Launch::demote(Warp& warp) {
+    favourite_ = nullptr;
+    warp.priority = (std::uint64_t{1} << 62) - ++demotions_;
+}
 
 void Launch::preemption_point() {
     if (!random_.one_in(4)) return;
@@ -234,11 +242,14 @@ Thread* Launch::take(Warp& warp, std::uint32_t lanes) {
 }
 
 Thread* Launch::pick_ready() {
-    Warp* best = nullptr;
-    for (auto& block : blocks_)
-        for (auto& warp : block->warps)
-            if (warp.ready != 0 && (best == nullptr || warp.priority > best->priority)) best = &warp;
-    if (best == nullptr) return nullptr;
+    Warp* best = favourite_ != nullptr && favourite_->ready != 0 ? favourite_ : nullptr;
+    if (best == nullptr) {
+        for (auto& block : blocks_)
+            for (auto& warp : block->warps)
+                if (warp.ready != 0 && (best == nullptr || warp.priority > best->priority)) best = &warp;
+        if (best == nullptr) return nullptr;
+        favourite_ = best;
+    }
     if (random_.one_in(256)) demote(*best);
     return take(*best, best->ready);
 }
@@ -272,6 +283,7 @@ void Launch::resume(Thread& thread) {
     const std::uint32_t bit = 1u << thread.lane();
     thread.warp->polling &= ~bit;
     thread.warp->ready |= bit;
+    note_ready(*thread.warp);
     thread.state = ThreadState::Ready;
     current_ = &thread;
     ++stats_.switches;
@@ -323,6 +335,7 @@ LaunchStats Launch::run() {
         resume(*thread);
         if (block.live == 0) {
             finish(block);
+            favourite_ = nullptr;
             const std::size_t slot = block.slot;
             std::erase_if(blocks_, [&](const auto& candidate) { return candidate.get() == &block; });
             if (admitted_ < order_.size()) admit(slot);
@@ -363,6 +376,7 @@ void wake(Thread& thread) {
     thread.state = ThreadState::Ready;
     thread.wait = Wait{};
     thread.warp->ready |= 1u << thread.lane();
+    active->note_ready(*thread.warp);
     note_progress();
 }
 

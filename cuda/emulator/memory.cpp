@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <array>
 #include <map>
 #include <mutex>
 #include <new>
@@ -23,6 +25,16 @@ std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + 
 
 unsigned char red_zone_byte(const unsigned char* address) {
     return kRedZone[reinterpret_cast<std::uintptr_t>(address) & 1];
+}
+
+// A page of the pattern as it lies from `address` on.
+const unsigned char* red_zone_pattern(const unsigned char* address) {
+    static const auto page = [] {
+        std::array<unsigned char, kPage + 1> bytes{};
+        for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = kRedZone[i & 1];
+        return bytes;
+    }();
+    return page.data() + (reinterpret_cast<std::uintptr_t>(address) & 1);
 }
 
 using Registry = std::map<std::uintptr_t, Allocation*>;
@@ -55,12 +67,22 @@ const Allocation* owner_of(std::uintptr_t value, std::size_t bytes) {
 }  // namespace
 
 void fill_red_zone(unsigned char* low, unsigned char* high) {
-    for (auto* p = low; p < high; ++p) *p = red_zone_byte(p);
+    while (low < high) {
+        const auto bytes = std::min<std::size_t>(kPage, static_cast<std::size_t>(high - low));
+        std::memcpy(low, red_zone_pattern(low), bytes);
+        low += bytes;
+    }
 }
 
 const unsigned char* damaged_red_zone(const unsigned char* low, const unsigned char* high) {
-    for (const auto* p = low; p < high; ++p)
-        if (*p != red_zone_byte(p)) return p;
+    while (low < high) {
+        const auto bytes = std::min<std::size_t>(kPage, static_cast<std::size_t>(high - low));
+        if (std::memcmp(low, red_zone_pattern(low), bytes) != 0) {
+            while (*low == red_zone_byte(low)) ++low;
+            return low;
+        }
+        low += bytes;
+    }
     return nullptr;
 }
 

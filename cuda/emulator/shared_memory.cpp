@@ -20,15 +20,16 @@ std::size_t window_bytes(std::size_t dynamic_bytes) {
 
 SharedMemory::SharedMemory(std::size_t dynamic_bytes)
     : window_(window_bytes(dynamic_bytes), 1024), dynamic_bytes_(dynamic_bytes) {
+    fill_red_zone(window_.data(), window_.data() + window_.bytes());
     reset();
 }
 
+// Only what objects covered needs to be restored: the block before was checked for damage anywhere else.
 void SharedMemory::reset() {
+    for (const auto& object : objects_)
+        fill_red_zone(window_.data() + object.offset, window_.data() + object.offset + object.bytes);
     objects_.assign(1, Object{nullptr, kSharedBase, dynamic_bytes_});
-    auto* base = window_.data();
-    fill_red_zone(base, base + kSharedBase);
     std::memset(dynamic(), kPoisonByte, dynamic_bytes_);
-    fill_red_zone(dynamic() + dynamic_bytes_, base + window_.bytes());
 }
 
 unsigned char* SharedMemory::static_array(const void* key, std::size_t bytes, std::size_t alignment) {

@@ -62,4 +62,18 @@ std::uint32_t ballot(std::uint32_t mask, bool predicate, const char* operation) 
     return result;
 }
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
+#endif
+void multiply_add_16x8(const float* a, const float* b, int depth, double (&sum)[16][8]) {
+    for (int k = 0; k < depth; ++k) {
+        double column[8];
+        for (int n = 0; n < 8; ++n) column[n] = static_cast<double>(b[n * depth + k]);
+        for (int m = 0; m < 16; ++m) {
+            const double value = static_cast<double>(a[m * depth + k]);
+            for (int n = 0; n < 8; ++n) sum[m][n] += value * column[n];
+        }
+    }
+}
+
 }  // namespace emulator

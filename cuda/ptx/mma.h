@@ -77,14 +77,15 @@ void compute_mma(const ::emulator::WarpExchange& exchange) {
             for (int i = 0; i < 2; ++i) b[group][column + i * (depth / 2)] = Element::decode(operands.b[i] >> shift);
         }
     }
+    double sum[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto* d = static_cast<const float*>(exchange.out[lane]);
+        for (int i = 0; i < 4; ++i) sum[lane / 4 + (i >> 1) * 8][(lane % 4) * 2 + (i & 1)] = d[i];
+    }
+    ::emulator::multiply_add_16x8(&a[0][0], &b[0][0], depth, sum);
     for (int lane = 0; lane < 32; ++lane) {
         auto* d = static_cast<float*>(exchange.out[lane]);
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + (i >> 1) * 8, column = (lane % 4) * 2 + (i & 1);
-            double sum = d[i];
-            for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * static_cast<double>(b[column][k]);
-            d[i] = static_cast<float>(sum);
-        }
+        for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[lane / 4 + (i >> 1) * 8][(lane % 4) * 2 + (i & 1)]);
     }
 }
 

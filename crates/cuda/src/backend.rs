@@ -11,7 +11,7 @@ use crate::arena::Arena;
 use crate::context::{Context, Variant};
 use crate::driver::{Driver, Element, GraphId, Memory};
 use crate::kv::KvCache;
-use crate::ops::{activation, attention, embedding, gemm, moe, norm, rope, sampling};
+use crate::ops::{attention, embedding, gemm, moe, norm, rope, sampling};
 use crate::padded_cols;
 use crate::rope::Rope;
 use crate::sizes::{Limits, Sizes};

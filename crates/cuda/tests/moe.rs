@@ -1,0 +1,225 @@
+//! Mixture of experts against float64.
+
+mod common;
+
+use common::{Random, context, relative_error, schedules};
+use longhaul_backend::HostTensor;
+use longhaul_cuda::driver::{Element, EmulatedOptions};
+use longhaul_cuda::ops::moe::{combine, experts, route};
+use longhaul_cuda::weights::Experts;
+use longhaul_cuda::{Context, CudaError, Variant};
+
+/// Softmax over all experts and the k largest, the lower index on a tie, in float64.
+fn reference_route(scores: &[f32], k: usize, normalise: bool) -> (Vec<u32>, Vec<f64>) {
+    let largest = scores.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
+    let weights: Vec<f64> = scores.iter().map(|s| f64::from(s - largest).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    order.truncate(k);
+    let chosen: f64 = order.iter().map(|&e| weights[e]).sum();
+    let divisor = if normalise { chosen } else { sum };
+    (order.iter().map(|&e| e as u32).collect(), order.iter().map(|&e| weights[e] / divisor).collect())
+}
+
+/// Scores whose softmax tells experts apart in f32, of a kind.
+fn scores(rows: usize, count: usize, kind: &str) -> Vec<f32> {
+    let mut random = Random((rows * 1000 + count) as u64);
+    (0..rows * count)
+        .map(|i| match kind {
+            "random" => 3.0 * random.value(),
+            "equal" => 0.25,
+            // Everything goes to the last experts.
+            "one" => (i % count) as f32,
+            _ => unreachable!(),
+        })
+        .collect()
+}
+
+#[test]
+fn routing_matches_float64() {
+    for (index, options) in schedules().into_iter().enumerate() {
+        let ctx = context(options, Variant::Auto, Element::Bf16);
+        for (count, k) in [(1, 1), (4, 2), (16, 4), (60, 4), (64, 8), (512, 32)] {
+            for rows in [1, 2, 33, 65] {
+                let kind = ["random", "equal", "one"][(index + rows) % 3];
+                let values = scores(rows, count, kind);
+                let tensor = ctx.tensor_from_f32(&values, rows, count, Element::F32).unwrap();
+                let normalise = rows % 2 == 0;
+                let routing = route(&ctx, &tensor, k, normalise).unwrap();
+                let (chosen, weights) = routing.to_host(&ctx).unwrap();
+                let (mut ids, mut exact) = (Vec::new(), Vec::new());
+                for row in values.chunks_exact(count) {
+                    let (i, w) = reference_route(row, k, normalise);
+                    ids.extend(i);
+                    exact.extend(w);
+                }
+                assert_eq!(chosen, ids, "{kind}, {rows} rows, top {k} of {count}");
+                assert!(relative_error(&weights, &exact) < 1e-5);
+            }
+        }
+    }
+}
+
+struct Layer {
+    weights: Experts,
+    gate: Vec<Vec<f32>>,
+    up: Vec<Vec<f32>>,
+    down: Vec<Vec<f32>>,
+}
+
+fn layer(ctx: &Context, count: usize, intermediate: usize, hidden: usize) -> Layer {
+    let mut random = Random((count + intermediate + hidden) as u64);
+    let weights = Experts::new(&ctx.driver, count, intermediate, hidden, ctx.element).unwrap();
+    let (mut gate, mut up, mut down) = (Vec::new(), Vec::new(), Vec::new());
+    for index in 0..count {
+        let mut matrix = || random.exact(intermediate * hidden, ctx.element);
+        let (g, u, d) = (matrix(), matrix(), matrix());
+        let host = |v: &[f32], rows, cols| HostTensor::from_f32(vec![rows, cols], v).unwrap();
+        weights
+            .set(
+                &ctx.driver,
+                index,
+                &host(&g, intermediate, hidden),
+                &host(&u, intermediate, hidden),
+                &host(&d, hidden, intermediate),
+            )
+            .unwrap();
+        gate.push(g);
+        up.push(u);
+        down.push(d);
+    }
+    Layer { weights, gate, up, down }
+}
+
+fn multiply(x: &[f64], weight: &[f32]) -> Vec<f64> {
+    weight.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()).collect()
+}
+
+/// One row through its experts and the shared one, in float64.
+fn reference(
+    layer: &Layer,
+    x: &[f32],
+    routed: &(Vec<u32>, Vec<f64>),
+    shared: Option<(&[f32], f32)>,
+) -> Vec<f64> {
+    let x64: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
+    let mut out = vec![0.0; x.len()];
+    for (expert, weight) in routed.0.iter().zip(&routed.1) {
+        let e = *expert as usize;
+        let (gate, up) = (multiply(&x64, &layer.gate[e]), multiply(&x64, &layer.up[e]));
+        let gated: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        for (o, v) in out.iter_mut().zip(multiply(&gated, &layer.down[e])) {
+            *o += weight * v;
+        }
+    }
+    if let Some((values, gate)) = shared {
+        for (o, v) in out.iter_mut().zip(values) {
+            *o += f64::from(*v) / (1.0 + (-f64::from(gate)).exp());
+        }
+    }
+    out
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    count: usize,
+    k: usize,
+    intermediate: usize,
+    hidden: usize,
+    rows: usize,
+    kind: &'static str,
+}
+
+fn check(ctx: &Context, s: Shape) {
+    let layer = layer(ctx, s.count, s.intermediate, s.hidden);
+    let mut random = Random(s.rows as u64);
+    let x = random.exact(s.rows * s.hidden, ctx.element);
+    let shared = random.exact(s.rows * s.hidden, ctx.element);
+    let gates = random.values(s.rows);
+    let values = scores(s.rows, s.count, s.kind);
+    let device_scores = ctx.tensor_from_f32(&values, s.rows, s.count, Element::F32).unwrap();
+    let device_x = ctx.tensor_from_f32(&x, s.rows, s.hidden, ctx.element).unwrap();
+    let device_shared = ctx.tensor_from_f32(&shared, s.rows, s.hidden, ctx.element).unwrap();
+    let device_gates = ctx.tensor_from_f32(&gates, s.rows, 1, Element::F32).unwrap();
+    let routing = route(ctx, &device_scores, s.k, false).unwrap();
+    let routed = experts(ctx, &device_x, &routing, &layer.weights).unwrap();
+    let with_shared = s.rows.is_multiple_of(2);
+    let operand = with_shared.then_some((&device_shared, &device_gates));
+    let out = ctx.tensor_to_f32(&combine(ctx, &routed, &routing, operand).unwrap()).unwrap();
+    for row in 0..s.rows {
+        let span = row * s.hidden..(row + 1) * s.hidden;
+        let chosen = reference_route(&values[row * s.count..][..s.count], s.k, false);
+        let shared = with_shared.then_some((&shared[span.clone()], gates[row]));
+        let exact = reference(&layer, &x[span.clone()], &chosen, shared);
+        let error = relative_error(&out[span], &exact);
+        // bf16: the gated products are rounded between the two matrices.
+        let tolerance = if ctx.element == Element::F32 { 1e-5 } else { 2e-2 };
+        assert!(error <= tolerance, "row {row} of {} ({}), {} experts: {error}", s.rows, s.kind, s.count);
+    }
+}
+
+const SHAPES: [Shape; 6] = [
+    Shape { count: 1, k: 1, intermediate: 8, hidden: 8, rows: 3, kind: "random" },
+    Shape { count: 4, k: 2, intermediate: 40, hidden: 72, rows: 1, kind: "random" },
+    Shape { count: 16, k: 4, intermediate: 33, hidden: 24, rows: 33, kind: "random" },
+    Shape { count: 64, k: 8, intermediate: 16, hidden: 130, rows: 8, kind: "random" },
+    // Most experts have no row, a few have all.
+    Shape { count: 60, k: 4, intermediate: 24, hidden: 40, rows: 65, kind: "one" },
+    Shape { count: 2, k: 1, intermediate: 72, hidden: 64, rows: 130, kind: "equal" },
+];
+
+#[test]
+fn plain_experts_match_float64() {
+    for element in [Element::Bf16, Element::F32] {
+        let ctx = context(EmulatedOptions::default(), Variant::Plain, element);
+        SHAPES.into_iter().for_each(|s| check(&ctx, s));
+    }
+}
+
+#[test]
+fn mma_experts_match_float64_under_every_schedule() {
+    for options in schedules() {
+        for multiprocessors in [1, 3] {
+            let ctx = context(EmulatedOptions { multiprocessors, ..options }, Variant::Auto, Element::Bf16);
+            SHAPES.into_iter().for_each(|s| check(&ctx, s));
+        }
+    }
+}
+
+/// A row's result has the same bits alone and among others, whatever tile its expert's rows fill.
+#[test]
+fn a_row_does_not_depend_on_the_batch() {
+    let (count, k, intermediate, hidden) = (4, 2, 40, 72);
+    let mut first: Option<Vec<f32>> = None;
+    for options in schedules() {
+        let ctx = context(options, Variant::Auto, Element::Bf16);
+        let layer = layer(&ctx, count, intermediate, hidden);
+        let x = Random(9).exact(130 * hidden, Element::Bf16);
+        let values = scores(130, count, "random");
+        for rows in [1, 2, 33, 130] {
+            let s = ctx.tensor_from_f32(&values[..rows * count], rows, count, Element::F32).unwrap();
+            let x = ctx.tensor_from_f32(&x[..rows * hidden], rows, hidden, Element::Bf16).unwrap();
+            let routing = route(&ctx, &s, k, true).unwrap();
+            let routed = experts(&ctx, &x, &routing, &layer.weights).unwrap();
+            let out = combine(&ctx, &routed, &routing, None).unwrap();
+            let row = ctx.tensor_to_f32(&out).unwrap()[..hidden].to_vec();
+            assert!(*first.get_or_insert_with(|| row.clone()) == row, "{rows} rows, {options:?}");
+        }
+    }
+}
+
+#[test]
+fn wrong_shapes_are_errors() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    let s = ctx.tensor_from_f32(&[0.0; 12], 3, 4, Element::F32).unwrap();
+    assert!(matches!(route(&ctx, &s, 5, false), Err(CudaError::Shape { .. })));
+    assert!(matches!(route(&ctx, &s, 0, false), Err(CudaError::Shape { .. })));
+    let wide = ctx.tensor_from_f32(&[0.0; 600], 1, 600, Element::F32).unwrap();
+    assert!(matches!(route(&ctx, &wide, 2, false), Err(CudaError::Unsupported(_))));
+    let routing = route(&ctx, &s, 2, false).unwrap();
+    let layer = layer(&ctx, 4, 8, 16);
+    let narrow = ctx.tensor_from_f32(&[0.0; 24], 3, 8, Element::Bf16).unwrap();
+    assert!(matches!(experts(&ctx, &narrow, &routing, &layer.weights), Err(CudaError::Shape { .. })));
+    assert!(matches!(combine(&ctx, &narrow, &routing, None), Err(CudaError::Shape { .. })));
+}

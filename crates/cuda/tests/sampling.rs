@@ -1,0 +1,260 @@
+//! Sampling against a float64 implementation that sorts.
+
+mod common;
+
+use common::{Random, context, schedules};
+use longhaul_backend::{Error, SamplingRow, SeenToken, uniform};
+use longhaul_cuda::driver::{Element, EmulatedOptions};
+use longhaul_cuda::ops::sampling::sample;
+use longhaul_cuda::{Context, Variant};
+
+fn row() -> SamplingRow<'static> {
+    SamplingRow {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        seed: 7,
+        position: 0,
+        seen: &[],
+        banned: &[],
+    }
+}
+
+/// What may be drawn: the token, and its neighbours in the order where the drawn number lies within `SLACK` of theirs.
+fn allowed(logits: &[f32], row: &SamplingRow<'_>) -> Vec<u32> {
+    const SLACK: f64 = 1e-5;
+    let mut scores = logits.to_vec();
+    for seen in row.seen {
+        let score = &mut scores[seen.id as usize];
+        *score = if *score > 0.0 { *score / row.repetition_penalty } else { *score * row.repetition_penalty };
+        if seen.generated > 0 {
+            *score -= row.presence_penalty + row.frequency_penalty * seen.generated as f32;
+        }
+    }
+    for &id in row.banned {
+        scores[id as usize] = f32::NEG_INFINITY;
+    }
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    if row.temperature == 0.0 {
+        return vec![order[0] as u32];
+    }
+    let top = f64::from(scores[order[0]]);
+    let weight = |id: usize| ((f64::from(scores[id]) - top) / f64::from(row.temperature)).exp();
+    if row.top_k > 0 {
+        order.truncate(row.top_k as usize);
+    }
+    let mut kept_options = vec![order.len()];
+    if row.top_p < 1.0 {
+        let total: f64 = order.iter().map(|&id| weight(id)).sum();
+        let prefix = |wanted: f64| {
+            let mut mass = 0.0;
+            order.iter().position(|&id| {
+                mass += weight(id);
+                mass >= wanted
+            })
+        };
+        // Where the mass just reaches p, one candidate more or less is right, too.
+        kept_options = [-SLACK, 0.0, SLACK]
+            .into_iter()
+            .map(|slack| prefix((f64::from(row.top_p) + slack) * total).map_or(order.len(), |n| n + 1))
+            .collect();
+    }
+    let mut result = Vec::new();
+    for kept in kept_options {
+        let kept = order[..kept]
+            .iter()
+            .take_while(|&&id| weight(id) >= f64::from(row.min_p) * (1.0 - 1e-6))
+            .count()
+            .max(1);
+        let total: f64 = order[..kept].iter().map(|&id| weight(id)).sum();
+        for slack in [-SLACK, 0.0, SLACK] {
+            let mut left = (f64::from(uniform(row.seed, row.position)) + slack).clamp(0.0, 1.0) * total;
+            let id = order[..kept].iter().find(|&&id| {
+                let here = left < weight(id);
+                left -= weight(id);
+                here
+            });
+            result.push(*id.unwrap_or(&order[kept - 1]) as u32);
+        }
+    }
+    result
+}
+
+fn logprob(logits: &[f32], id: u32) -> f64 {
+    let largest = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+    let sum: f64 = logits.iter().map(|l| f64::from(l - largest).exp()).sum();
+    f64::from(logits[id as usize] - largest) - sum.ln()
+}
+
+/// Draws all rows in one call and checks each.
+#[track_caller]
+fn check(ctx: &Context, logits: &[f32], vocab: usize, rows: &[SamplingRow<'_>]) {
+    let tensor = ctx.tensor_from_f32(logits, rows.len(), vocab, Element::F32).unwrap();
+    let drawn = sample(ctx, &tensor, rows).unwrap();
+    for ((sampled, row), logits) in drawn.iter().zip(rows).zip(logits.chunks_exact(vocab)) {
+        let allowed = allowed(logits, row);
+        assert!(allowed.contains(&sampled.id), "drew {}, expected one of {allowed:?}: {row:?}", sampled.id);
+        let exact = logprob(logits, sampled.id);
+        assert!((f64::from(sampled.logprob) - exact).abs() < 1e-4, "{} vs {exact}", sampled.logprob);
+    }
+}
+
+fn parameters(random: &mut Random) -> SamplingRow<'static> {
+    let pick = |random: &mut Random, values: &[f32]| values[random.below(values.len())];
+    SamplingRow {
+        temperature: pick(random, &[0.0, 0.3, 1.0, 2.5]),
+        top_k: [0, 1, 2, 40, 1000][random.below(5)],
+        top_p: pick(random, &[1.0, 0.95, 0.5, 1e-6]),
+        min_p: pick(random, &[0.0, 0.0, 0.05, 1.0]),
+        seed: random.next_u64(),
+        position: random.next_u64() % 1000,
+        ..row()
+    }
+}
+
+#[test]
+fn random_rows_match_float64() {
+    for (index, options) in schedules().into_iter().enumerate() {
+        let ctx = context(options, Variant::Auto, Element::Bf16);
+        let mut random = Random(index as u64);
+        for vocab in [1, 2, 7, 320, 1021, 5003] {
+            let rows: Vec<_> = (0..8).map(|_| parameters(&mut random)).collect();
+            let logits: Vec<f32> =
+                (0..8 * vocab).map(|_| 8.0 * random.value() + 4.0 * random.value()).collect();
+            check(&ctx, &logits, vocab, &rows);
+        }
+    }
+}
+
+/// The family's largest vocabulary: one draw of each kind.
+#[test]
+fn a_whole_vocabulary_matches_float64() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    let vocab = 152_064;
+    let mut random = Random(3);
+    let logits: Vec<f32> =
+        (0..2 * vocab).map(|_| 6.0 * (random.value() + random.value() + random.value())).collect();
+    let rows =
+        [SamplingRow { temperature: 0.7, top_p: 0.9, ..row() }, SamplingRow { temperature: 0.0, ..row() }];
+    check(&ctx, &logits, vocab, &rows);
+}
+
+/// Ties, flat and one-hot logits, zeros of both signs.
+#[test]
+fn degenerate_distributions_match_float64() {
+    for options in schedules().into_iter().step_by(3) {
+        let ctx = context(options, Variant::Auto, Element::Bf16);
+        let mut random = Random(11);
+        let vocab = 2000;
+        let flat = vec![1.5f32; vocab];
+        let one_hot: Vec<f32> = (0..vocab).map(|i| if i == 77 { 60.0 } else { -60.0 }).collect();
+        let steps: Vec<f32> = (0..vocab).map(|i| (i % 5) as f32).collect();
+        let zeros: Vec<f32> = (0..vocab).map(|i| if i % 2 == 0 { 0.0 } else { -0.0 }).collect();
+        let far: Vec<f32> = (0..vocab).map(|i| if i < 3 { 0.0 } else { -1e30 }).collect();
+        for logits in [flat, one_hot, steps, zeros, far] {
+            let rows: Vec<_> = (0..6).map(|_| parameters(&mut random)).collect();
+            check(&ctx, &logits.repeat(6), vocab, &rows);
+        }
+    }
+}
+
+#[test]
+fn penalties_and_banned_ids_match_float64() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    let vocab = 500;
+    let mut random = Random(2);
+    let logits: Vec<f32> = (0..4 * vocab).map(|_| 5.0 * random.value()).collect();
+    let seen: Vec<SeenToken> = (0..100).map(|i| SeenToken { id: i * 3, generated: i % 4 }).collect();
+    let all_but_one: Vec<u32> = (0..vocab as u32).filter(|&id| id != 123).collect();
+    let penalised = SamplingRow {
+        seen: &seen,
+        repetition_penalty: 1.3,
+        presence_penalty: 0.7,
+        frequency_penalty: 0.2,
+        ..row()
+    };
+    let rows = [
+        penalised.clone(),
+        SamplingRow { temperature: 0.0, ..penalised.clone() },
+        SamplingRow { banned: &all_but_one, ..row() },
+        SamplingRow { banned: &all_but_one[..250], top_k: 5, repetition_penalty: 1e30, ..penalised },
+    ];
+    check(&ctx, &logits, vocab, &rows);
+    let tensor = ctx.tensor_from_f32(&logits[..vocab], 1, vocab, Element::F32).unwrap();
+    let only = sample(&ctx, &tensor, &rows[2..3]).unwrap();
+    assert_eq!(only[0].id, 123);
+}
+
+#[test]
+fn a_row_that_is_not_finite_is_named() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut logits = vec![0.5f32; 3 * 700];
+        logits[700 + 699] = bad;
+        let tensor = ctx.tensor_from_f32(&logits, 3, 700, Element::F32).unwrap();
+        let error = sample(&ctx, &tensor, &[row(), row(), row()]).unwrap_err();
+        assert!(matches!(error, Error::NotFinite { row: 1 }), "{bad}: {error}");
+        let good = ctx.tensor_from_f32(&logits[..700], 1, 700, Element::F32).unwrap();
+        sample(&ctx, &good, &[row()]).unwrap();
+    }
+}
+
+/// A draw depends on the row alone: the same in any batch, in any schedule.
+#[test]
+fn a_row_draws_the_same_in_any_batch() {
+    let vocab = 700;
+    let mut random = Random(4);
+    let logits: Vec<f32> = (0..8 * vocab).map(|_| 3.0 * random.value()).collect();
+    let rows: Vec<_> = (0..8).map(|position| SamplingRow { position, top_p: 0.9, ..row() }).collect();
+    let mut first = None;
+    for options in schedules() {
+        let ctx = context(options, Variant::Auto, Element::Bf16);
+        let all = ctx.tensor_from_f32(&logits, 8, vocab, Element::F32).unwrap();
+        let batch = sample(&ctx, &all, &rows).unwrap();
+        for index in 0..8 {
+            let one = ctx.tensor_from_f32(&logits[index * vocab..][..vocab], 1, vocab, Element::F32).unwrap();
+            assert_eq!(sample(&ctx, &one, &rows[index..=index]).unwrap(), [batch[index]]);
+        }
+        assert_eq!(*first.get_or_insert_with(|| batch.clone()), batch);
+    }
+}
+
+/// Chi-square of 4,000 draws over eight tokens: 7 degrees of freedom, 24.3 is exceeded once in a thousand.
+#[test]
+fn draws_follow_the_distribution() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    let logits: Vec<f32> = (0..8).map(|i| 0.4 * i as f32).collect();
+    let total: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+    let mut counts = [0usize; 8];
+    let batch = 100;
+    let tensor = ctx.tensor_from_f32(&logits.repeat(batch), batch, 8, Element::F32).unwrap();
+    for round in 0..40 {
+        let rows: Vec<_> =
+            (0..batch).map(|i| SamplingRow { position: (round * batch + i) as u64, ..row() }).collect();
+        for drawn in sample(&ctx, &tensor, &rows).unwrap() {
+            counts[drawn.id as usize] += 1;
+        }
+    }
+    let draws = (40 * batch) as f64;
+    let chi_square: f64 = counts
+        .iter()
+        .zip(&logits)
+        .map(|(count, logit)| {
+            let expected = draws * f64::from(*logit).exp() / total;
+            (*count as f64 - expected).powi(2) / expected
+        })
+        .sum();
+    assert!(chi_square < 24.3, "{chi_square}: {counts:?}");
+}
+
+#[test]
+fn wrong_shapes_are_errors() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    let tensor = ctx.tensor_from_f32(&[0.0; 20], 2, 10, Element::F32).unwrap();
+    assert!(matches!(sample(&ctx, &tensor, &[row()]), Err(Error::Shape { op: "sample", .. })));
+}
