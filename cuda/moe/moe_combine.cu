@@ -1,5 +1,4 @@
 // Weighted sum of a row's experts in slot order, plus the shared expert times the sigmoid of its gate.
-#include "../common/element.h"
 #include "../common/kernel.h"
 #include "moe.h"
 
@@ -8,9 +7,9 @@ namespace {
 
 struct CombineParams {
     const float* expert_out;   // [places, expert_stride]
-    const void* shared_out;    // T [rows, out_stride], or null
+    const float* shared_out;   // [rows, out_stride], or null
     const float* shared_gate;  // [rows, gate_stride]: its first column
-    void* out;                 // T [rows, out_stride]
+    float* out;                // [rows, out_stride]
     Routing routing;
     uint32_t cols;
     uint32_t expert_stride;
@@ -18,7 +17,6 @@ struct CombineParams {
     uint32_t out_stride;
 };
 
-template <class T>
 __device__ __forceinline__ void combine(const CombineParams& p) {
     const uint32_t row = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
     if (column >= p.cols) return;
@@ -31,14 +29,13 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
     const uint64_t at = static_cast<uint64_t>(row) * p.out_stride + column;
     if (p.shared_out != nullptr) {
         const float gate = 1.0f / (1.0f + expf(-p.shared_gate[static_cast<uint64_t>(row) * p.gate_stride]));
-        sum += gate * to_float(static_cast<const T*>(p.shared_out)[at]);
+        sum += gate * p.shared_out[at];
     }
-    static_cast<T*>(p.out)[at] = from_float<T>(sum);
+    p.out[at] = sum;
 }
 
 }  // namespace
 
-LONGHAUL_KERNEL(moe_combine_bf16, CombineParams, 256, combine<Bf16>)
-LONGHAUL_KERNEL(moe_combine_f32, CombineParams, 256, combine<float>)
+LONGHAUL_KERNEL(moe_combine, CombineParams, 256, combine)
 
 }  // namespace longhaul

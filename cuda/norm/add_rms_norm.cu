@@ -9,24 +9,26 @@ namespace longhaul {
 namespace {
 
 struct AddRmsNormParams {
-    const void* x;            // T [rows, x_stride]
+    const void* x;            // X [rows, x_stride]
     const float* residual;    // [rows, residual_stride], or null: there is none yet
     const float* weight;      // [cols]
-    void* out;                // T [rows, x_stride]
+    void* out;                // O [rows, out_stride]
     float* residual_out;      // [rows, residual_stride]; may be `residual`
     ptx::uint32_t cols;
     ptx::uint32_t x_stride;
     ptx::uint32_t residual_stride;
+    ptx::uint32_t out_stride;
     float eps;
+    ptx::uint32_t reserved;
 };
 
 constexpr unsigned kThreads = 256;
 
-template <class T>
+template <class X, class O>
 __device__ __forceinline__ void add_rms_norm(const AddRmsNormParams& p) {
     PTX_SHARED_ARRAY(float, scratch, 32);
     const ptx::uint64_t row = blockIdx.x;
-    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
     const float* residual = p.residual == nullptr ? nullptr : p.residual + row * p.residual_stride;
     float* sum_out = p.residual_out + row * p.residual_stride;
     float squares = 0.0f;
@@ -37,14 +39,15 @@ __device__ __forceinline__ void add_rms_norm(const AddRmsNormParams& p) {
     }
     squares = block_reduce(squares, scratch, 0.0f, Sum{});
     const float factor = rsqrtf(squares / static_cast<float>(p.cols) + p.eps);
-    T* out = static_cast<T*>(p.out) + row * p.x_stride;
+    O* out = static_cast<O*>(p.out) + row * p.out_stride;
     for (unsigned i = threadIdx.x; i < p.cols; i += blockDim.x)
-        out[i] = from_float<T>(sum_out[i] * factor * p.weight[i]);
+        out[i] = from_float<O>(sum_out[i] * factor * p.weight[i]);
 }
 
 }  // namespace
 
-LONGHAUL_KERNEL(add_rms_norm_bf16, AddRmsNormParams, kThreads, add_rms_norm<Bf16>)
-LONGHAUL_KERNEL(add_rms_norm_f32, AddRmsNormParams, kThreads, add_rms_norm<float>)
+LONGHAUL_KERNEL(add_rms_norm_bf16_bf16, AddRmsNormParams, kThreads, add_rms_norm<Bf16, Bf16>)
+LONGHAUL_KERNEL(add_rms_norm_f32_bf16, AddRmsNormParams, kThreads, add_rms_norm<float, Bf16>)
+LONGHAUL_KERNEL(add_rms_norm_f32_f32, AddRmsNormParams, kThreads, add_rms_norm<float, float>)
 
 }  // namespace longhaul

@@ -131,6 +131,15 @@ pub trait Backend {
     /// Shapes that do not fit.
     fn linear(&self, x: &Self::Tensor, linear: &Linear<Self>) -> Result<Self::Tensor>;
 
+    /// As [`Backend::linear`] for a result that [`Backend::add_rms_norm`] adds to the residual stream: in f32, whatever the
+    /// precision of activations, since what is rounded here is felt by every later layer.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn linear_to_residual(&self, x: &Self::Tensor, linear: &Linear<Self>) -> Result<Self::Tensor> {
+        self.linear(x, linear)
+    }
+
     /// Adds `bias` to `qkv` (`[rows, (query_heads + 2 * kv_heads) * head_dim]`) and splits it, rotates k at its cache
     /// position, writes k and v to their blocks and returns the **unrotated** q `[rows, query_heads * head_dim]`: its
     /// rotation depends on the key.

@@ -200,6 +200,10 @@ impl Backend for Cuda {
         Ok(gemm::linear(&self.ctx, x, &linear.weight, linear.bias.as_ref(), self.ctx.element)?)
     }
 
+    fn linear_to_residual(&self, x: &Tensor, linear: &Linear<Self>) -> Result<Tensor> {
+        Ok(gemm::linear(&self.ctx, x, &linear.weight, linear.bias.as_ref(), Element::F32)?)
+    }
+
     fn rope_and_cache(
         &self,
         qkv: Tensor,
@@ -228,7 +232,7 @@ impl Backend for Cuda {
         let shared = match &weights.shared {
             Some(shared) => {
                 let gated = gemm::linear_silu_and_mul(ctx, x, &shared.gate_up)?;
-                let out = gemm::linear(ctx, &gated, &shared.down, None, ctx.element)?;
+                let out = gemm::linear(ctx, &gated, &shared.down, None, Element::F32)?;
                 Some((out, gemm::linear(ctx, x, &shared.gate, None, Element::F32)?))
             }
             None => None,

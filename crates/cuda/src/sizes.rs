@@ -64,8 +64,9 @@ impl Sizes {
         let rows = limits.rows;
         let act = |cols: usize| tensor(rows, cols, element);
         let stream = tensor(rows, self.hidden, Element::F32) + 2 * act(self.hidden);
-        let attention = act(self.qkv) + 2 * act(self.query) + act(self.hidden);
-        let dense = act(2 * self.intermediate) + act(self.intermediate) + act(self.hidden);
+        let to_residual = tensor(rows, self.hidden, Element::F32);
+        let attention = act(self.qkv) + 2 * act(self.query) + to_residual;
+        let dense = act(2 * self.intermediate) + act(self.intermediate) + 2 * to_residual;
         let slots = rows * self.top_k;
         let routed = tensor(slots, self.expert_intermediate, element)
             + tensor(slots, self.hidden, Element::F32)

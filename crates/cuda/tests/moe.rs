@@ -135,12 +135,12 @@ fn check(ctx: &Context, s: Shape) {
     let layer = layer(ctx, s.count, s.intermediate, s.hidden);
     let mut random = Random(s.rows as u64);
     let x = random.exact(s.rows * s.hidden, ctx.element);
-    let shared = random.exact(s.rows * s.hidden, ctx.element);
+    let shared = random.values(s.rows * s.hidden);
     let gates = random.values(s.rows);
     let values = scores(s.rows, s.count, s.kind);
     let device_scores = ctx.tensor_from_f32(&values, s.rows, s.count, Element::F32).unwrap();
     let device_x = ctx.tensor_from_f32(&x, s.rows, s.hidden, ctx.element).unwrap();
-    let device_shared = ctx.tensor_from_f32(&shared, s.rows, s.hidden, ctx.element).unwrap();
+    let device_shared = ctx.tensor_from_f32(&shared, s.rows, s.hidden, Element::F32).unwrap();
     let device_gates = ctx.tensor_from_f32(&gates, s.rows, 1, Element::F32).unwrap();
     let routing = route(ctx, &device_scores, s.k, false).unwrap();
     let routed = experts(ctx, &device_x, &routing, &layer.weights).unwrap();

@@ -25,18 +25,20 @@ fn reference(x: &[f32], residual: Option<&[f32]>, weight: &[f32], eps: f64) -> (
 
 #[test]
 fn matches_float64_over_shapes_and_schedules() {
-    for element in [Element::Bf16, Element::F32] {
+    for (from, element) in
+        [(Element::Bf16, Element::Bf16), (Element::F32, Element::Bf16), (Element::F32, Element::F32)]
+    {
         for options in schedules() {
             let ctx = context(options, Variant::Plain, element);
             for (rows, cols) in [(1, 1), (1, 7), (3, 256), (2, 257), (5, 896), (1, 3584)] {
                 let mut random = Random(rows as u64 * 1000 + cols as u64);
-                let (x, residual) = (random.exact(rows * cols, element), random.values(rows * cols));
+                let (x, residual) = (random.exact(rows * cols, from), random.values(rows * cols));
                 let weight = random.values(cols);
                 let bytes: Vec<u8> = weight.iter().flat_map(|v| v.to_le_bytes()).collect();
                 let host =
                     HostTensor::new(longhaul_backend::DType::F32, vec![cols], Cow::Owned(bytes)).unwrap();
                 let vector = Vector::new(&ctx.driver, &[host]).unwrap();
-                let dx = ctx.tensor_from_f32(&x, rows, cols, element).unwrap();
+                let dx = ctx.tensor_from_f32(&x, rows, cols, from).unwrap();
                 for with_residual in [false, true] {
                     let device = with_residual
                         .then(|| ctx.tensor_from_f32(&residual, rows, cols, Element::F32).unwrap());

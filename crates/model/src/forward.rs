@@ -191,11 +191,13 @@ impl<B: Backend> Model<B> {
             }
             let step = narrowed.as_ref().unwrap_or(&step);
             let attended = b.attention(&q, &self.rope, step, kv, index)?;
-            let attended = b.all_reduce(b.linear(&attended, &layer.output)?)?;
+            let attended = b.all_reduce(b.linear_to_residual(&attended, &layer.output)?)?;
             let (normed, stream) =
                 b.add_rms_norm(attended, Some(stream), &layer.post_attention_norm, self.eps)?;
             let mixed = match &layer.mlp {
-                Mlp::Dense { gate_up, down } => b.linear(&b.linear_silu_and_mul(&normed, gate_up)?, down)?,
+                Mlp::Dense { gate_up, down } => {
+                    b.linear_to_residual(&b.linear_silu_and_mul(&normed, gate_up)?, down)?
+                }
                 Mlp::Sparse(moe) => b.moe(&normed, moe)?,
             };
             x = b.all_reduce(mixed)?;

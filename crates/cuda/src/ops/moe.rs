@@ -69,8 +69,7 @@ const GATE_UP_PLAIN_BF16: Kernel<ExpertsParams> = Kernel::new("moe_gate_up_plain
 const GATE_UP_PLAIN_F32: Kernel<ExpertsParams> = Kernel::new("moe_gate_up_plain_f32");
 const DOWN_PLAIN_BF16: Kernel<ExpertsParams> = Kernel::new("moe_down_plain_bf16");
 const DOWN_PLAIN_F32: Kernel<ExpertsParams> = Kernel::new("moe_down_plain_f32");
-const COMBINE_BF16: Kernel<CombineParams> = Kernel::new("moe_combine_bf16");
-const COMBINE_F32: Kernel<CombineParams> = Kernel::new("moe_combine_f32");
+const COMBINE: Kernel<CombineParams> = Kernel::new("moe_combine");
 
 /// Kernels of this module.
 pub(crate) const KERNELS: &[KernelInfo] = &[
@@ -79,8 +78,7 @@ pub(crate) const KERNELS: &[KernelInfo] = &[
     GATE_UP_PLAIN_F32.info(),
     DOWN_PLAIN_BF16.info(),
     DOWN_PLAIN_F32.info(),
-    COMBINE_BF16.info(),
-    COMBINE_F32.info(),
+    COMBINE.info(),
 ];
 
 /// Most experts that the router takes.
@@ -242,7 +240,7 @@ pub fn experts(ctx: &Context, x: &Tensor, routing: &Routing, experts: &Experts) 
 }
 
 /// Sum of each row's experts by weight, in slot order, plus `sigmoid(gate) * shared` (`shared` = the shared expert's output
-/// and its f32 gate `[rows, 1]`): `[rows, hidden]`.
+/// and its gate `[rows, 1]`): `[rows, hidden]`. All are f32: the result is added to the residual stream.
 ///
 /// # Errors
 /// Shapes that do not fit, or no room in the arena.
@@ -255,7 +253,7 @@ pub fn combine(
     const OP: &str = "combine";
     let cols = expert_out.cols;
     let shared_fits = shared.is_none_or(|(out, gate)| {
-        (out.rows, out.cols, out.element) == (routing.rows, cols, ctx.element)
+        (out.rows, out.cols, out.element) == (routing.rows, cols, Element::F32)
             && (gate.rows, gate.cols, gate.element) == (routing.rows, 1, Element::F32)
     });
     if expert_out.rows != routing.slots() || expert_out.element != Element::F32 || !shared_fits {
@@ -264,7 +262,7 @@ pub fn combine(
             format!("experts' output [{}, {cols}] for {} slots", expert_out.rows, routing.slots()),
         ));
     }
-    let out = ctx.tensor(OP, routing.rows, cols, ctx.element)?;
+    let out = ctx.tensor(OP, routing.rows, cols, Element::F32)?;
     let params = CombineParams {
         expert_out: expert_out.address(),
         shared_out: Context::optional(shared.map(|(out, _)| out)),
@@ -277,7 +275,6 @@ pub fn combine(
         out_stride: out.stride as u32,
     };
     let grid = [routing.rows as u32, (cols as u32).div_ceil(COMBINE_THREADS), 1];
-    let kernel = if ctx.element == Element::F32 { COMBINE_F32 } else { COMBINE_BF16 };
-    ctx.launch(&kernel, Geometry::grid(grid, COMBINE_THREADS), params)?;
+    ctx.launch(&COMBINE, Geometry::grid(grid, COMBINE_THREADS), params)?;
     Ok(out)
 }

@@ -19,17 +19,22 @@ struct AddRmsNormParams {
     cols: u32,
     x_stride: u32,
     residual_stride: u32,
+    out_stride: u32,
     eps: f32,
+    reserved: u32,
 }
 
-const BF16: Kernel<AddRmsNormParams> = Kernel::new("add_rms_norm_bf16");
-const F32: Kernel<AddRmsNormParams> = Kernel::new("add_rms_norm_f32");
+type K = Kernel<AddRmsNormParams>;
+const BF16_BF16: K = K::new("add_rms_norm_bf16_bf16");
+const F32_BF16: K = K::new("add_rms_norm_f32_bf16");
+const F32_F32: K = K::new("add_rms_norm_f32_f32");
 const THREADS: u32 = 256;
 
 /// Kernels of this module.
-pub(crate) const KERNELS: &[KernelInfo] = &[BF16.info(), F32.info()];
+pub(crate) const KERNELS: &[KernelInfo] = &[BF16_BF16.info(), F32_BF16.info(), F32_F32.info()];
 
-/// `residual += x` (or `= x`), `normed = residual / rms(residual) * weight`: `(normed, residual)`, the residual in f32. A
+/// `residual += x` (or `= x`), `normed = residual / rms(residual) * weight`: `(normed, residual)`, the residual in f32,
+/// what is normed in the context's element. x is of that element (an embedding) or f32 (what a layer adds). A
 /// given residual is updated in place: the returned one shares its memory.
 ///
 /// # Errors
@@ -55,7 +60,7 @@ pub fn add_rms_norm(
             ),
         ));
     }
-    let out = ctx.tensor(OP, x.rows, x.cols, x.element)?;
+    let out = ctx.tensor(OP, x.rows, x.cols, ctx.element)?;
     let residual_out = match residual {
         Some(r) => r.clone(),
         None => ctx.tensor(OP, x.rows, x.cols, Element::F32)?,
@@ -69,9 +74,16 @@ pub fn add_rms_norm(
         cols: x.cols as u32,
         x_stride: x.stride as u32,
         residual_stride: residual_out.stride as u32,
+        out_stride: out.stride as u32,
         eps,
+        reserved: 0,
     };
-    let kernel = if x.element == Element::F32 { F32 } else { BF16 };
+    let kernel = match (x.element, ctx.element) {
+        (Element::Bf16, Element::Bf16) => BF16_BF16,
+        (Element::F32, Element::Bf16) => F32_BF16,
+        (Element::F32, Element::F32) => F32_F32,
+        (from, to) => return Err(CudaError::Unsupported(format!("{OP}: {from:?} to {to:?}"))),
+    };
     ctx.launch(&kernel, Geometry::linear(x.rows, THREADS), params)?;
     Ok((out, residual_out))
 }
