@@ -24,7 +24,7 @@ fn the_sources_export_the_registry() {
 
 #[test]
 fn kernel_names_stand_in_the_source() {
-    let source = "#include \"x.h\"\n// LONGHAUL_KERNEL(no, …)\nLONGHAUL_KERNEL(first_bf16, P, 1, f)\n  LONGHAUL_KERNEL(second, P, 1, f<1, 2>)\n";
+    let source = "#include \"x.h\"\n// LONGHAUL_KERNEL(no, …)\nLONGHAUL_KERNEL(first_bf16, P, 1, f)\n  LONGHAUL_KERNEL_CLUSTER(second, P, 1, f<1, 2>)\n";
     assert_eq!(kernel_names(source).unwrap(), ["first_bf16", "second"]);
     assert!(kernel_names("__global__ void f() {}").unwrap_err().contains("no kernel"));
     let made = kernel_names("LONGHAUL_KERNEL(made_##type, P, 1, f)").unwrap_err();
