@@ -10,7 +10,8 @@ use std::process::Command;
 use crate::compile::{Job, run};
 use crate::sources::{kernel_names, kernels};
 
-/// Machine code for Ampere, Ada and Hopper, and PTX that later devices compile when they load it.
+/// Machine code for Ampere, Ada and Hopper, and PTX that later devices compile when they load it: of compute_89, since wgmma and
+/// its like (behind `__CUDA_ARCH__ >= 900`) exist on sm_90a alone.
 ///
 /// No `-lineinfo`: it makes the fatbins 2.7 times as large. `LONGHAUL_NVCC_FLAGS=-lineinfo` adds it for a profiler.
 const FLAGS: [&str; 10] = [
@@ -20,7 +21,7 @@ const FLAGS: [&str; 10] = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_89,code=sm_89",
     "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_90,code=compute_90",
+    "-gencode=arch=compute_89,code=compute_89",
     // Registers, shared memory and stack of each kernel in the log; spills and local memory as warnings.
     "-Xptxas=-v",
     "-Xptxas=--warn-on-spills",
