@@ -5,6 +5,7 @@
 // before other threads or copies use it. PTX ISA, "mbarrier" (sm_90).
 #pragma once
 
+#include "spin_bound.h"
 #include "target.h"
 #if !defined(__CUDACC__)
 #include "../emulator/mbarrier_state.h"
@@ -54,6 +55,7 @@ __device__ __forceinline__ bool mbarrier_test_wait_parity(uint64_t* barrier, uin
 // Waits until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, uint32_t parity) {
     const uint32_t address = shared_address(barrier);
+    SpinBound bound;
     uint32_t done;
     do {
         asm volatile(
@@ -65,6 +67,7 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, uint32_t
             : "=r"(done)
             : "r"(address), "r"(parity)
             : "memory");
+        if (done == 0) bound.failed();
     } while (done == 0);
 }
 #endif

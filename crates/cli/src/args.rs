@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use longhaul_engine::{
-    Device, DeviceOptions, EmulatedOptions, EngineError, Kernels, LoadFormat, Loader, LongContext, ModelRef,
-    Precision, SamplingParams,
+    DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, EmulatedOptions, EngineError, Kernels, LoadFormat,
+    Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
 
 /// Serves the Qwen2 family with exact long context.
@@ -39,10 +39,10 @@ pub struct ModelArgs {
     /// dummy: random weights from a seed, no files needed
     #[arg(long, value_enum, default_value_t = LoadFormatArg::Auto)]
     pub load_format: LoadFormatArg,
-    /// Where to run. auto: a CUDA device if there is one, else the CPU. emulated: the CUDA kernels on the CPU, slow, for
+    /// Where to run. auto: the first CUDA device if there is one, else the CPU. cuda:N: the device of that number. emulated: the CUDA kernels on the CPU, slow, for
     /// tests
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
-    pub device: DeviceArg,
+    #[arg(long, value_parser = device, default_value = "auto", value_name = "auto|cpu|cuda[:N]|emulated")]
+    pub device: Device,
     /// Which CUDA kernels run: the fastest that take the shape, the plain reference ones, or mma.sync ones
     #[arg(long, value_enum, default_value_t = KernelsArg::Auto)]
     pub kernels: KernelsArg,
@@ -59,7 +59,11 @@ pub struct ModelArgs {
     /// CPU threads; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
-    /// Tokens of prompt and output that fit, such as 131072 or 128k [default: what the checkpoint says]
+    /// Fraction of a CUDA device's memory up to which it may be filled
+    #[arg(long, value_parser = fraction, default_value_t = DEFAULT_GPU_MEMORY_UTILIZATION, value_name = "FRACTION")]
+    pub gpu_memory_utilization: f32,
+    /// Tokens of prompt and output that fit, such as 131072 or 128k [default: what the checkpoint says, less where the
+    /// memory does not hold it]
     #[arg(long, value_parser = token_count, value_name = "TOKENS")]
     pub max_model_len: Option<usize>,
     /// How to read beyond the trained window: dca, yarn or none [default: what the checkpoint says, else dca as soon as
@@ -93,7 +97,7 @@ impl ModelArgs {
                 LoadFormatArg::Dummy => LoadFormat::Dummy,
             },
             device: DeviceOptions {
-                device: self.device.into(),
+                device: self.device,
                 precision: match self.dtype {
                     DTypeArg::Auto => auto,
                     DTypeArg::Float32 => Precision::Float32,
@@ -103,6 +107,7 @@ impl ModelArgs {
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,
+                gpu_memory_utilization: self.gpu_memory_utilization,
             },
             max_model_len: self.max_model_len,
             long_context: self.long_context.first().copied(),
@@ -119,28 +124,32 @@ pub enum LoadFormatArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DeviceArg {
-    Auto,
-    Cpu,
-    Cuda,
-    Emulated,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KernelsArg {
     Auto,
     Plain,
     Mma,
 }
 
-impl From<DeviceArg> for Device {
-    fn from(device: DeviceArg) -> Self {
-        match device {
-            DeviceArg::Auto => Device::Auto,
-            DeviceArg::Cpu => Device::Cpu,
-            DeviceArg::Cuda => Device::Cuda,
-            DeviceArg::Emulated => Device::Emulated,
-        }
+/// `auto`, `cpu`, `cuda`, `cuda:N` or `emulated`.
+pub fn device(text: &str) -> Result<Device, String> {
+    match text {
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::Cuda(0)),
+        "emulated" => Ok(Device::Emulated),
+        other => other
+            .strip_prefix("cuda:")
+            .and_then(|ordinal| ordinal.parse().ok())
+            .map(Device::Cuda)
+            .ok_or_else(|| "expected auto, cpu, cuda, cuda:N (such as cuda:1) or emulated".into()),
+    }
+}
+
+/// Above 0 and at most 1.
+fn fraction(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(fraction) if fraction > 0.0 && fraction <= 1.0 => Ok(fraction),
+        _ => Err("expected a fraction above 0 and at most 1, such as 0.9".into()),
     }
 }
 
@@ -469,8 +478,8 @@ pub enum BenchCommand {
 #[derive(Debug, Args)]
 pub struct KernelsArgs {
     /// Where to run. emulated: bytes and operations are counted, nothing is launched
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
-    pub device: DeviceArg,
+    #[arg(long, value_parser = device, default_value = "auto", value_name = "auto|cuda[:N]|emulated")]
+    pub device: Device,
     /// Which kernels run
     #[arg(long, value_enum, default_value_t = KernelsArg::Auto)]
     pub kernels: KernelsArg,
@@ -515,6 +524,26 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn devices_have_names_and_ordinals() {
+        for (text, expected) in [
+            ("auto", Device::Auto),
+            ("cpu", Device::Cpu),
+            ("cuda", Device::Cuda(0)),
+            ("cuda:3", Device::Cuda(3)),
+            ("emulated", Device::Emulated),
+        ] {
+            assert_eq!(device(text), Ok(expected));
+        }
+        for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA"] {
+            assert!(device(bad).is_err(), "{bad}");
+        }
+        assert_eq!(fraction("0.5"), Ok(0.5));
+        for bad in ["0", "-1", "1.5", "NaN", "x"] {
+            assert!(fraction(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -73,6 +73,7 @@ fn engine_code(error: &EngineError) -> u8 {
     match error {
         EngineError::Parameter { .. } | EngineError::UnknownModel(_) => USAGE,
         EngineError::Device { .. } => UNAVAILABLE,
+        EngineError::Memory { .. } => OS,
         EngineError::TooLong { .. } | EngineError::Text(_) => DATA,
         EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
         EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,

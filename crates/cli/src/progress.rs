@@ -29,6 +29,9 @@ pub fn load_engine(loader: &Loader) -> Result<Engine, EngineError> {
         bar.set_position(done);
     });
     bar.finish_and_clear();
+    if let Ok(engine) = &engine {
+        engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
+    }
     engine
 }
 

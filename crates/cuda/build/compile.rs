@@ -19,16 +19,21 @@ pub struct Job {
     pub command: Command,
 }
 
-/// Runs the jobs that are out of date, as many at once as cargo allows. Returns the compilers' messages by source.
+/// Runs the jobs that are out of date, as many at once as cargo allows. Returns the compilers' messages by source, those of
+/// outputs that are kept from an earlier run as well (they lie beside the output, extension `log`).
 ///
-/// # Panics
-/// When a compilation fails, with the compiler's message.
-pub fn run(jobs: Vec<Job>) -> Vec<(PathBuf, String)> {
+/// # Errors
+/// The messages of the compilations that failed.
+pub fn run(jobs: Vec<Job>) -> Result<Vec<(PathBuf, String)>, String> {
     let threads = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
-    let queue: Vec<Mutex<Option<Job>>> =
-        jobs.into_iter().filter(|job| !is_fresh(job)).map(|job| Mutex::new(Some(job))).collect();
+    let (fresh, stale): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(is_fresh);
+    let kept = fresh.into_iter().map(|job| {
+        let message = std::fs::read_to_string(log_path(&job.output)).unwrap_or_default();
+        Ok((job.source, message))
+    });
+    let results = Mutex::new(kept.collect::<Vec<Result<(PathBuf, String), String>>>());
+    let queue: Vec<Mutex<Option<Job>>> = stale.into_iter().map(|job| Mutex::new(Some(job))).collect();
     let next = AtomicUsize::new(0);
-    let results = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..threads.min(queue.len()) {
             scope.spawn(|| {
@@ -40,14 +45,15 @@ pub fn run(jobs: Vec<Job>) -> Vec<(PathBuf, String)> {
             });
         }
     });
-    let mut messages = Vec::new();
-    for result in results.into_inner().expect("no holder panics") {
-        match result {
-            Ok(message) => messages.push(message),
-            Err(failure) => panic!("{failure}"),
-        }
+    let (messages, failures): (Vec<_>, Vec<_>) =
+        results.into_inner().expect("no holder panics").into_iter().partition(Result::is_ok);
+    if failures.is_empty() {
+        let mut messages: Vec<_> = messages.into_iter().flatten().collect();
+        messages.sort();
+        Ok(messages)
+    } else {
+        Err(failures.into_iter().filter_map(Result::err).collect::<Vec<_>>().join("\n"))
     }
-    messages
 }
 
 fn compile(mut job: Job) -> Result<(PathBuf, String), String> {
@@ -63,12 +69,20 @@ fn compile(mut job: Job) -> Result<(PathBuf, String), String> {
     if !output.status.success() {
         return Err(format!("{} does not compile:\n{message}", job.source.display()));
     }
-    std::fs::write(&stamp, fingerprint).map_err(|e| format!("{}: {e}", stamp.display()))?;
+    let write = |path: &Path, text: &str| {
+        std::fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+    };
+    write(&log_path(&job.output), &message)?;
+    write(&stamp, &fingerprint)?;
     Ok((job.source, message))
 }
 
 fn stamp_path(output: &Path) -> PathBuf {
     output.with_extension("stamp")
+}
+
+fn log_path(output: &Path) -> PathBuf {
+    output.with_extension("log")
 }
 
 /// Compiler and flags: other flags make an output stale.

@@ -19,7 +19,10 @@ const FLAGS: [&str; 8] = [
 
 /// Compiles every source; sets `cfg(longhaul_emulator)` when it worked. Without a compiler the crate still builds and the
 /// emulated driver reports what is missing: a machine that only serves needs no g++.
-pub fn build(root: &Path, out: &Path) {
+///
+/// # Errors
+/// A source that does not compile.
+pub fn build(root: &Path, out: &Path) -> Result<(), String> {
     println!("cargo:rerun-if-env-changed=CXX");
     let mut build = cc::Build::new();
     build.cpp(true).opt_level(2).debug(false).warnings(false).cargo_warnings(false);
@@ -30,7 +33,7 @@ pub fn build(root: &Path, out: &Path) {
                 "cargo:warning=no C++20 compiler (g++ 11 or newer): this build has no emulated device; install g++ \
                  and build again for --device emulated"
             );
-            return;
+            return Ok(());
         }
     };
     println!("cargo:rustc-cfg=longhaul_emulator");
@@ -48,7 +51,7 @@ pub fn build(root: &Path, out: &Path) {
         objects.push(object.clone());
         jobs.push(Job { source, output: object, dependencies, command });
     }
-    for (source, message) in run(jobs) {
+    for (source, message) in run(jobs)? {
         for line in message.lines().filter(|line| line.contains("warning:")) {
             println!("cargo:warning={}: {line}", source.display());
         }
@@ -58,6 +61,7 @@ pub fn build(root: &Path, out: &Path) {
     // Kernels register themselves: nothing refers to their objects.
     println!("cargo:rustc-link-lib=static:+whole-archive=longhaul_emulated");
     println!("cargo:rustc-link-lib=dylib=stdc++");
+    Ok(())
 }
 
 /// Packs exactly these objects: a kernel that was removed must not stay in the library.

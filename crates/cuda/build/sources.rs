@@ -26,3 +26,27 @@ pub fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     found.sort();
     found
 }
+
+/// The kernels that a source exports, in its order: the first argument of each `LONGHAUL_KERNEL(…)` and
+/// `LONGHAUL_KERNEL_…(…)`.
+///
+/// # Errors
+/// None, or a name that only the preprocessor knows.
+pub fn kernel_names(source: &str) -> Result<Vec<String>, String> {
+    let mut names = Vec::new();
+    for line in source.lines() {
+        let Some(macro_call) = line.trim_start().strip_prefix("LONGHAUL_KERNEL") else { continue };
+        let Some((_, arguments)) = macro_call.split_once('(') else { continue };
+        let name = arguments.split(',').next().unwrap_or_default().trim();
+        if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+            return Err(format!(
+                "the name of a kernel must stand in its LONGHAUL_KERNEL, not be made by a macro: {name:?}"
+            ));
+        }
+        names.push(name.to_owned());
+    }
+    if names.is_empty() {
+        return Err("exports no kernel (LONGHAUL_KERNEL): a file without kernels is a header".to_owned());
+    }
+    Ok(names)
+}

@@ -33,7 +33,28 @@ pub struct Cuda {
     prepared: Mutex<Option<Step>>,
 }
 
+/// What [`Cuda::new`] takes from the driver, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepBytes {
+    /// Tensors of a step.
+    pub arena: usize,
+    /// The integers of steps, and counters that kernels share.
+    pub inputs: usize,
+    /// Logits.
+    pub logits: usize,
+}
+
 impl Cuda {
+    /// What [`Cuda::new`] will take.
+    pub fn step_bytes(sizes: &Sizes, limits: &Limits, element: Element, driver: &dyn Driver) -> StepBytes {
+        let step = Step::capacity_bytes(limits.rows, limits.sequences, limits.blocks);
+        StepBytes {
+            arena: sizes.arena_bytes(limits, element, driver),
+            inputs: STEP_BUFFERS * step + Context::COUNTERS * 4,
+            logits: logits_bytes(sizes, limits) + driver.red_zone_bytes() + 256,
+        }
+    }
+
     /// Takes the memory of steps within `limits` of a model of `sizes`.
     ///
     /// # Errors
@@ -45,14 +66,14 @@ impl Cuda {
         sizes: &Sizes,
         limits: Limits,
     ) -> crate::Result<Self> {
-        let arena = Arena::new(&driver, sizes.arena_bytes(&limits, element, &*driver))?;
+        let bytes = Self::step_bytes(sizes, &limits, element, &*driver);
+        let arena = Arena::new(&driver, bytes.arena)?;
         let step_bytes = Step::capacity_bytes(limits.rows, limits.sequences, limits.blocks);
         let step_memory = (0..STEP_BUFFERS)
             .map(|_| Memory::new(&driver, step_bytes, "step inputs").map(Arc::new))
             .collect::<crate::Result<_>>()?;
-        let logits_bytes = limits.logit_rows * padded_cols(sizes.vocab, Element::F32) * 4;
-        let outputs = Arena::new(&driver, logits_bytes + driver.red_zone_bytes() + 256)?;
-        let range = outputs.take(logits_bytes, "logits")?;
+        let outputs = Arena::new(&driver, bytes.logits)?;
+        let range = outputs.take(logits_bytes(sizes, &limits), "logits")?;
         let logits = Tensor::new(range, limits.logit_rows, sizes.vocab, Element::F32);
         let ctx = Context::new(driver, arena, variant, element)?;
         Ok(Self { ctx, limits, step_memory, logits, prepared: Mutex::new(None) })
@@ -270,6 +291,10 @@ impl Backend for Cuda {
     fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
         sampling::sample(&self.ctx, logits, rows)
     }
+}
+
+fn logits_bytes(sizes: &Sizes, limits: &Limits) -> usize {
+    limits.logit_rows * padded_cols(sizes.vocab, Element::F32) * 4
 }
 
 /// What the device is and how it computes, for reports.

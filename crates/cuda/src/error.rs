@@ -10,13 +10,13 @@ pub enum CudaError {
         message: String,
     },
     /// Device memory could not be had.
-    #[error("out of device memory: {what} needs {bytes} bytes, {available} are free; lower --max-model-len")]
+    #[error("out of device memory: {what}{}; lower --max-model-len, or free the memory that others hold", amounts(*bytes, *available))]
     OutOfMemory {
         /// What was being allocated.
         what: String,
-        /// Bytes asked for.
+        /// Bytes asked for; 0 where only the driver knows.
         bytes: u64,
-        /// Bytes that are free.
+        /// Bytes that are free; 0 where that is not known.
         available: u64,
     },
     /// A driver call failed; the context is still usable.
@@ -64,10 +64,22 @@ impl CudaError {
     }
 }
 
+fn amounts(bytes: u64, available: u64) -> String {
+    match (bytes, available) {
+        (0, _) => String::new(),
+        (bytes, 0) => format!(" needs {bytes} bytes"),
+        (bytes, available) => format!(" needs {bytes} bytes, {available} are free"),
+    }
+}
+
 impl From<CudaError> for BackendError {
     fn from(error: CudaError) -> Self {
         match error {
-            CudaError::OutOfMemory { what, bytes, .. } => BackendError::OutOfMemory { what, bytes },
+            CudaError::OutOfMemory { what, bytes, available: 0 } => BackendError::OutOfMemory { what, bytes },
+            CudaError::OutOfMemory { what, bytes, available } => BackendError::OutOfMemory {
+                what: format!("{what} ({available} bytes of the device are free)"),
+                bytes,
+            },
             CudaError::Shape { op, detail } => BackendError::Shape { op, detail },
             CudaError::Fatal { .. } => BackendError::DeviceLost(error.to_string()),
             other => BackendError::Device { op: "cuda", message: other.to_string() },

@@ -16,11 +16,12 @@ pub mod step;
 mod tensor;
 pub mod weights;
 
-pub use backend::{Cuda, describe};
+pub use backend::{Cuda, StepBytes, describe};
 pub use context::{Context, Kernel, KernelInfo, Variant};
 pub use error::{CudaError, Result};
 pub use sizes::{Limits, Sizes};
 pub use tensor::{Tensor, padded_cols};
+pub use weights::matrix_bytes;
 
 /// The kernel registry: every kernel that this crate launches.
 pub fn kernels() -> Vec<KernelInfo> {

@@ -78,6 +78,11 @@ impl Matrix {
     }
 }
 
+/// Bytes that a [`Matrix`] of `[rows, cols]` takes, padding included.
+pub fn matrix_bytes(rows: usize, cols: usize, element: Element) -> usize {
+    rows * padded_cols(cols, element) * element.size()
+}
+
 /// A weight vector in f32 (norms, biases: negligible bytes, no rounding).
 #[derive(Debug)]
 pub struct Vector {

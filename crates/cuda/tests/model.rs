@@ -1,15 +1,14 @@
-//! Whole models over the emulated device: what a batch and a recorded graph must not change.
+//! Whole models over the device: what a batch and a recorded graph must not change.
 
 mod common;
 
 use std::path::Path;
-use std::sync::Arc;
 
-use common::schedules;
+use common::{driver, open_choice, schedules};
 use longhaul_backend::{Backend, DType, KvLayout, SamplingRow, SequenceInputs, StepInputs};
-use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
+use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
-use longhaul_cuda::{Cuda, Limits, Sizes, Variant};
+use longhaul_cuda::{Cuda, Limits, Sizes};
 use longhaul_model::{Model, ModelSpec, PositionProfile};
 use longhaul_testkit::{Golden, golden_cases, goldens_dir};
 use longhaul_weights::Checkpoint;
@@ -44,8 +43,7 @@ impl Device {
         };
         let blocks = sequences * blocks_per_sequence;
         let limits = Limits { rows: tokens.max(64), sequences: 64, blocks: 16 * blocks, logit_rows: 64 };
-        let driver: Arc<dyn Driver> = Arc::new(Emulated::new(options).unwrap());
-        let cuda = Cuda::new(driver, Variant::Auto, element, &sizes, limits).unwrap();
+        let cuda = Cuda::new(driver(options), open_choice(), element, &sizes, limits).unwrap();
         let source = Checkpoint::open(case, &spec.tensors(), &spec.ignorable_tensors()).unwrap();
         let model = Model::load(cuda, &spec, &positions, &source, &mut |_, _| {}).unwrap();
         let layout = KvLayout {

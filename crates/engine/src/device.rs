@@ -12,8 +12,9 @@ use longhaul_model::{Model, ModelSpec, PositionProfile};
 use longhaul_weights::TensorSource;
 
 use crate::cuda_runner::CudaRunner;
+use crate::memory_budget::{self, Available, CudaPlan, MemoryBudget};
 use crate::runner::{CpuRunner, Runner};
-use crate::{EngineError, Result};
+use crate::{EngineError, Result, gpu};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -23,8 +24,8 @@ pub enum Device {
     Auto,
     /// The CPU.
     Cpu,
-    /// The first CUDA device.
-    Cuda,
+    /// The CUDA device of this ordinal.
+    Cuda(usize),
     /// The CUDA device emulated on the CPU: the same kernels, slow; for tests.
     Emulated,
 }
@@ -74,7 +75,7 @@ pub enum Kernels {
 }
 
 /// How a device is set up.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct DeviceOptions {
     /// Where the model runs.
     pub device: Device,
@@ -88,6 +89,25 @@ pub struct DeviceOptions {
     pub enforce_eager: bool,
     /// How the emulated device schedules.
     pub emulator: EmulatedOptions,
+    /// Fraction of a GPU's memory up to which this process may fill it.
+    pub gpu_memory_utilization: f32,
+}
+
+/// As vLLM's: room for what other libraries of the process take, and for fragmentation.
+pub const DEFAULT_GPU_MEMORY_UTILIZATION: f32 = 0.9;
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self {
+            device: Device::default(),
+            precision: Precision::default(),
+            threads: 0,
+            kernels: Kernels::default(),
+            enforce_eager: false,
+            emulator: EmulatedOptions::default(),
+            gpu_memory_utilization: DEFAULT_GPU_MEMORY_UTILIZATION,
+        }
+    }
 }
 
 /// A model on a device.
@@ -107,40 +127,143 @@ const CUDA_SEQUENCES: usize = 64;
 /// Rows of a step whose logits may be wanted.
 const CUDA_LOGIT_ROWS: usize = 64;
 
-/// Loads the weights onto the device that `options` names; `progress` hears (bytes read, bytes in all).
-pub(crate) fn place(
-    options: &DeviceOptions,
-    spec: &ModelSpec,
-    positions: &PositionProfile,
-    source: &dyn TensorSource,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Placed> {
+/// A device that has been opened and holds nothing yet.
+pub(crate) struct Opened {
+    /// As the user would name it.
+    name: String,
+    place: Place,
+    /// What the user should know about the choice.
+    pub note: Option<String>,
+}
+
+enum Place {
+    Cpu,
+    Cuda(Arc<dyn Driver>),
+    Emulated(Arc<dyn Driver>),
+}
+
+/// Opens the device that `options` names.
+///
+/// # Errors
+/// [`EngineError::Device`] or [`EngineError::Memory`] with the remedy.
+pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
+    let cuda = |ordinal| {
+        let name = format!("cuda:{ordinal}");
+        let driver = gpu::open(ordinal).map_err(|e| cuda_error(&name, e))?;
+        Ok(Opened { name, place: Place::Cuda(driver), note: None })
+    };
     match options.device {
-        Device::Cpu => place_on_cpu(options, spec, positions, source, progress),
+        Device::Cpu => Ok(Opened { name: "cpu".into(), place: Place::Cpu, note: None }),
         Device::Emulated => {
             let driver = Emulated::new(options.emulator).map_err(|e| cuda_error("emulated", e))?;
-            place_on_cuda("emulated", Arc::new(driver), options, spec, positions, source, progress)
+            Ok(Opened { name: "emulated".into(), place: Place::Emulated(Arc::new(driver)), note: None })
         }
-        Device::Cuda => {
-            let driver = gpu()?;
-            place_on_cuda("cuda", driver, options, spec, positions, source, progress)
-        }
-        Device::Auto => match gpu() {
-            Ok(driver) => place_on_cuda("cuda", driver, options, spec, positions, source, progress),
-            Err(_) => place_on_cpu(options, spec, positions, source, progress),
+        Device::Cuda(ordinal) => cuda(ordinal),
+        Device::Auto => match cuda(0) {
+            // A full device is not a missing one: the user decides.
+            Err(error @ EngineError::Memory { .. }) => Err(error),
+            Err(error) => {
+                // Where there is no GPU, the CPU is what the user means; a GPU that stays idle is worth a word.
+                let note = gpu::is_present().then(|| format!("the model runs on the CPU: {error}"));
+                Ok(Opened { name: "cpu".into(), place: Place::Cpu, note })
+            }
+            opened => opened,
         },
     }
 }
 
-/// The first CUDA device.
-fn gpu() -> Result<Arc<dyn Driver>> {
-    Err(EngineError::Device {
-        device: "cuda".into(),
-        message:
-            "this build has no CUDA device; use --device cpu, or build with --features cuda on a machine \
-                  with a GPU (README, \"GPU\")"
-                .into(),
-    })
+impl Opened {
+    /// The positions of a model whose context fits the device, and what the user should know about them. `asked`: the
+    /// context of `wanted` is the user's choice, otherwise less will do; `profile` makes the positions of another one.
+    ///
+    /// # Errors
+    /// [`EngineError::Memory`].
+    pub fn fit(
+        &self,
+        options: &DeviceOptions,
+        spec: &ModelSpec,
+        weight_bytes: u64,
+        wanted: PositionProfile,
+        asked: bool,
+        profile: &dyn Fn(usize) -> Result<PositionProfile>,
+    ) -> Result<(PositionProfile, Option<String>)> {
+        let available = match &self.place {
+            Place::Cuda(driver) => {
+                let free = driver.free_bytes().map_err(|e| cuda_error(&self.name, e))?;
+                let total = driver.properties().memory_bytes;
+                Available::on_gpu(free, total, options.gpu_memory_utilization)
+            }
+            Place::Cpu | Place::Emulated(_) => Available::on_host(),
+        };
+        let budget = |positions: &PositionProfile| match &self.place {
+            Place::Cpu => {
+                let layout = layout(spec, positions, cpu_dtype(options.precision.on_cpu(spec.dtype)));
+                MemoryBudget::on_cpu(spec, positions, &layout, weight_bytes, available.clone())
+            }
+            Place::Cuda(driver) | Place::Emulated(driver) => {
+                let setup = CudaSetup::new(options, spec, positions, self.is_emulated());
+                let plan = CudaPlan {
+                    element: setup.element,
+                    sizes: &sizes(spec),
+                    limits: &setup.limits,
+                    driver: driver.as_ref(),
+                    graphs: !options.enforce_eager && !self.is_emulated(),
+                };
+                MemoryBudget::on_cuda(spec, positions, &setup.layout, &plan, available.clone())
+            }
+        };
+        memory_budget::fit(&self.name, wanted, asked, profile, &budget)
+    }
+
+    fn is_emulated(&self) -> bool {
+        matches!(self.place, Place::Emulated(_))
+    }
+
+    /// Loads the weights; `progress` hears (bytes read, bytes in all).
+    ///
+    /// # Errors
+    /// The checkpoint's and the device's.
+    pub fn load(
+        self,
+        options: &DeviceOptions,
+        spec: &ModelSpec,
+        positions: &PositionProfile,
+        source: &dyn TensorSource,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Placed> {
+        let emulated = self.is_emulated();
+        match self.place {
+            Place::Cpu => place_on_cpu(options, spec, positions, source, progress),
+            Place::Cuda(driver) | Place::Emulated(driver) => {
+                let setup = CudaSetup::new(options, spec, positions, emulated);
+                place_on_cuda(&self.name, driver, options, setup, spec, positions, source, progress)
+            }
+        }
+    }
+}
+
+/// How a model is laid out on a CUDA device.
+struct CudaSetup {
+    element: Element,
+    layout: KvLayout,
+    limits: Limits,
+}
+
+impl CudaSetup {
+    fn new(options: &DeviceOptions, spec: &ModelSpec, positions: &PositionProfile, emulated: bool) -> Self {
+        let element = options.precision.on_cuda();
+        let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
+        let layout = layout(spec, positions, dtype);
+        let rows = if emulated { EMULATED_ROWS } else { CUDA_ROWS };
+        let limits = Limits {
+            rows: rows.min(positions.max_model_len).max(1),
+            sequences: CUDA_SEQUENCES,
+            // A decode batch shares the pool, but a padded one names its last table again for every padding row.
+            blocks: layout.blocks * 9,
+            logit_rows: CUDA_LOGIT_ROWS,
+        };
+        Self { element, layout, limits }
+    }
 }
 
 /// A device without a model, for measuring kernels; the flag says whether its times mean anything.
@@ -162,7 +285,10 @@ pub fn kernel_context(options: &DeviceOptions) -> Result<(Context, bool)> {
             let driver = Emulated::new(options.emulator).map_err(|e| cuda_error("emulated", e))?;
             ("emulated", Arc::new(driver), 1 << 20)
         }
-        Device::Cuda | Device::Auto => ("cuda", gpu()?, ARENA_BYTES),
+        Device::Auto => ("cuda", gpu::open(0).map_err(|e| cuda_error("cuda", e))?, ARENA_BYTES),
+        Device::Cuda(n) => {
+            ("cuda", gpu::open(n).map_err(|e| cuda_error(&format!("cuda:{n}"), e))?, ARENA_BYTES)
+        }
     };
     let arena = Arena::new(&driver, arena_bytes).map_err(|e| cuda_error(name, e))?;
     let context = Context::new(driver, arena, variant(options.kernels), Element::Bf16);
@@ -180,11 +306,15 @@ fn variant(kernels: Kernels) -> Variant {
 fn cuda_error(device: &str, error: CudaError) -> EngineError {
     match error {
         CudaError::Unavailable { message } => EngineError::Device { device: device.into(), message },
+        CudaError::OutOfMemory { .. } => {
+            EngineError::Memory { device: device.into(), message: error.to_string() }
+        }
         other => EngineError::Backend(other.into()),
     }
 }
 
-fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType) -> KvLayout {
+/// The pool that holds one sequence of the whole context.
+pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType) -> KvLayout {
     let block_size = positions.block_size();
     KvLayout {
         layers: spec.layers,
@@ -209,35 +339,30 @@ fn place_on_cpu(
         .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
     let description = cpu.description();
     let model = Model::load(cpu, spec, positions, source, progress)?;
-    let dtype = match precision {
-        longhaul_cpu::Precision::F32 => DType::F32,
-        longhaul_cpu::Precision::Bf16 => DType::BF16,
-    };
-    let layout = layout(spec, positions, dtype);
+    let layout = layout(spec, positions, cpu_dtype(precision));
     let runner = Box::new(CpuRunner::new(model, layout)?);
     Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
 }
 
+fn cpu_dtype(precision: longhaul_cpu::Precision) -> DType {
+    match precision {
+        longhaul_cpu::Precision::F32 => DType::F32,
+        longhaul_cpu::Precision::Bf16 => DType::BF16,
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
 fn place_on_cuda(
     name: &str,
     driver: Arc<dyn Driver>,
     options: &DeviceOptions,
+    setup: CudaSetup,
     spec: &ModelSpec,
     positions: &PositionProfile,
     source: &dyn TensorSource,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Placed> {
-    let element = options.precision.on_cuda();
-    let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
-    let layout = layout(spec, positions, dtype);
-    let rows = if name == "emulated" { EMULATED_ROWS } else { CUDA_ROWS };
-    let limits = Limits {
-        rows: rows.min(positions.max_model_len).max(1),
-        sequences: CUDA_SEQUENCES,
-        // A decode batch shares the pool, but a padded one names its last table again for every padding row.
-        blocks: layout.blocks * 9,
-        logit_rows: CUDA_LOGIT_ROWS,
-    };
+    let CudaSetup { element, layout, limits } = setup;
     let cuda = Cuda::new(driver, variant(options.kernels), element, &sizes(spec), limits)
         .map_err(|e| cuda_error(name, e))?;
     let description = longhaul_cuda::describe(cuda.context());

@@ -29,6 +29,7 @@ pub struct Engine {
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) generation: GenerationConfig,
     pub(crate) device: String,
+    pub(crate) notes: Vec<String>,
 }
 
 /// Blocks of one sequence; a step of it is one call.
@@ -70,6 +71,11 @@ impl Engine {
     /// The device in words.
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// What the user should know about how the model was loaded: a smaller context than the checkpoint's, an idle GPU.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Defaults from `generation_config.json`.

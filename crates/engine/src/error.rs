@@ -58,6 +58,14 @@ pub enum EngineError {
         /// What is missing.
         message: String,
     },
+    /// The model does not fit the device's memory.
+    #[error("--device {device}: {message}")]
+    Memory {
+        /// As given.
+        device: String,
+        /// The budget, and the remedy.
+        message: String,
+    },
     /// Config or forward pass.
     #[error(transparent)]
     Model(#[from] ModelError),

@@ -8,7 +8,7 @@ use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
 use longhaul_weights::{Checkpoint, Dummy, TensorSource};
 
 use crate::blocks::BlockPool;
-use crate::device::{DeviceOptions, place};
+use crate::device::{DeviceOptions, open};
 use crate::engine::Engine;
 use crate::{EngineError, Result, demo};
 
@@ -143,7 +143,15 @@ impl Loader {
                 Box::new(Checkpoint::open(path, &expected, &files.spec.ignorable_tensors())?)
             }
         };
-        let placed = place(&self.device, &files.spec, &positions, source.as_ref(), progress)?;
+        let device = open(&self.device)?;
+        let mut notes: Vec<String> = device.note.iter().cloned().collect();
+        let profile = |tokens| Ok(PositionProfile::new(&files.spec, self.long_context, Some(tokens))?);
+        let asked = self.max_model_len.is_some();
+        let weight_bytes = source.total_bytes();
+        let (positions, note) =
+            device.fit(&self.device, &files.spec, weight_bytes, positions, asked, &profile)?;
+        notes.extend(note);
+        let placed = device.load(&self.device, &files.spec, &positions, source.as_ref(), progress)?;
         Ok(Engine {
             name: files.name,
             runner: placed.runner,
@@ -155,6 +163,7 @@ impl Loader {
             template: files.template,
             generation: files.generation,
             device: placed.description,
+            notes,
         })
     }
 }

@@ -154,11 +154,15 @@ impl PositionProfile {
 
     /// The tables a device needs for this profile.
     pub fn tables(&self) -> RopeTables {
-        let rows = match self.chunking {
+        rope::tables(&self.inv_freq, self.table_rows(), self.chunking)
+    }
+
+    /// Rows of [`PositionProfile::tables`].
+    pub fn table_rows(&self) -> usize {
+        match self.chunking {
             Some(c) if self.max_model_len > c.len() as usize => c.chunk_size as usize + 1,
             _ => self.max_model_len,
-        };
-        rope::tables(&self.inv_freq, rows, self.chunking)
+        }
     }
 
     /// Tokens of a KV block: the largest power of two up to 64 that divides the chunk length, so that no block

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
-/// Directory of the golden cases, each with `config.json`, `model.safetensors` and `golden.safetensors`.
+/// Directory of the golden cases, each with `config.json`, `model.safetensors` and `golden.safetensors`: that of the
+/// repository, or `LONGHAUL_TEST_GOLDENS` for a test program that was carried to another machine.
 pub fn goldens_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/goldens")
+    let of_repository = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/goldens");
+    std::env::var_os("LONGHAUL_TEST_GOLDENS").map_or_else(of_repository, PathBuf::from)
 }
 
 /// The golden cases, sorted by name; [`Golden::load`] takes each.

@@ -28,11 +28,8 @@ fn run_kernels(args: &KernelsArgs) -> Result<ExitCode> {
             EngineError::UnknownModel(format!("--model {model}: none of {}", names.join(", "))).into()
         );
     }
-    let options = DeviceOptions {
-        device: args.device.into(),
-        kernels: args.kernels.into(),
-        ..DeviceOptions::default()
-    };
+    let options =
+        DeviceOptions { device: args.device, kernels: args.kernels.into(), ..DeviceOptions::default() };
     let (context, launches) = kernel_context(&options)?;
     let config = KernelsConfig { op: args.op.clone(), model: args.model.clone() };
     let bar = progress::bar("measuring {bar:30} {pos}/{len} kernels ETA {eta}");

@@ -4,6 +4,8 @@
 //! on one stream.
 
 mod emulated;
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,6 +15,8 @@ use bytemuck::{Pod, Zeroable};
 use crate::Result;
 
 pub use emulated::{Emulated, EmulatedOptions};
+#[cfg(feature = "cuda")]
+pub use gpu::Gpu;
 
 /// An address in device memory.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Pod, Zeroable)]

@@ -133,6 +133,30 @@ pub fn linear_into(
     Ok(())
 }
 
+/// Launches that write `gemm`'s bias to every row of its output: the plain product of no columns. For a library that adds
+/// no bias of our type.
+#[cfg(feature = "cuda")]
+pub(crate) fn bias_rows(gemm: &Gemm) -> impl Iterator<Item = (&'static str, Geometry, Vec<u8>)> {
+    let kernel = if gemm.out_element == Element::F32 { PLAIN_F32 } else { PLAIN_BF16 };
+    (0..gemm.m).step_by(PLAIN_ROWS).map(move |first| {
+        let rows = (gemm.m - first).min(PLAIN_ROWS);
+        let params = GemmParams {
+            x: gemm.x,
+            weight: gemm.weight,
+            bias: gemm.bias,
+            out: gemm.out.offset(first * gemm.out_stride * gemm.out_element.size()),
+            rows: rows as u32,
+            n: gemm.n as u32,
+            k: 0,
+            x_stride: gemm.x_stride as u32,
+            weight_stride: gemm.weight_stride as u32,
+            out_stride: gemm.out_stride as u32,
+        };
+        let grid = [gemm.n.div_ceil(PLAIN_WARPS) as u32, rows as u32, 1];
+        (kernel.name(), Geometry::grid(grid, 32 * PLAIN_WARPS as u32), bytemuck::bytes_of(&params).to_vec())
+    })
+}
+
 /// `silu(x · gateᵀ) * (x · upᵀ)` for `gate_up` = gate rows stacked on up rows: `[rows, n]` in x's element.
 ///
 /// # Errors

@@ -1,4 +1,8 @@
-//! What the kernel tests share: contexts for every schedule, random values, comparison with a float64 reference.
+//! What the kernel tests share: the device under test, random values, comparison with a float64 reference.
+//!
+//! The device is emulated, under several schedules, unless two variables choose otherwise (they need feature `cuda`):
+//! `LONGHAUL_TEST_DEVICE=cuda` the first GPU, for which tests run one after the other (`--test-threads 1`: it has one stream),
+//! and `LONGHAUL_TEST_KERNELS=plain` or `mma` the kernels that run where a test leaves the choice open.
 #![allow(dead_code)] // every test program uses a part
 
 use std::sync::Arc;
@@ -7,9 +11,47 @@ use longhaul_cuda::arena::Arena;
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::{Context, Variant};
 
+/// Whether the tests run on a GPU.
+pub fn on_gpu() -> bool {
+    match std::env::var("LONGHAUL_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("emulated") => false,
+        Ok("cuda") => true,
+        Ok(other) => panic!("LONGHAUL_TEST_DEVICE={other}: neither emulated nor cuda"),
+    }
+}
+
+/// The device under test; `options` are those of the emulated one.
+pub fn driver(options: EmulatedOptions) -> Arc<dyn Driver> {
+    if on_gpu() { gpu() } else { Arc::new(Emulated::new(options).expect("this build has the emulator")) }
+}
+
+/// The first GPU, opened once for all tests of the program.
+#[cfg(feature = "cuda")]
+fn gpu() -> Arc<dyn Driver> {
+    static GPU: std::sync::OnceLock<Arc<longhaul_cuda::driver::Gpu>> = std::sync::OnceLock::new();
+    GPU.get_or_init(|| Arc::new(longhaul_cuda::driver::Gpu::open(0).unwrap_or_else(|e| panic!("{e}"))))
+        .clone()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> Arc<dyn Driver> {
+    panic!("LONGHAUL_TEST_DEVICE=cuda: this test was built without feature cuda")
+}
+
+/// Says why a test does not apply to a GPU and returns true there: the test ends.
+pub fn skip_on_gpu(reason: &str) -> bool {
+    if on_gpu() {
+        eprintln!("skipped on a GPU: {reason}");
+    }
+    on_gpu()
+}
+
 /// Schedules of the emulator under which a kernel must give the same result: eager and lazy copies, three seeds, one and
-/// several blocks in flight.
+/// several blocks in flight. A GPU has its own: one entry.
 pub fn schedules() -> Vec<EmulatedOptions> {
+    if on_gpu() {
+        return vec![EmulatedOptions::default()];
+    }
     let mut all = Vec::new();
     for eager in [false, true] {
         for (seed, resident_blocks) in [(1, 1), (2, 2), (3, 4)] {
@@ -19,10 +61,21 @@ pub fn schedules() -> Vec<EmulatedOptions> {
     all
 }
 
-/// A context on the emulated device with a 64 MiB arena.
+/// The kernels of a test that leaves the choice open.
+pub fn open_choice() -> Variant {
+    match std::env::var("LONGHAUL_TEST_KERNELS").as_deref() {
+        Err(_) | Ok("auto") => Variant::Auto,
+        Ok("plain") => Variant::Plain,
+        Ok("mma") => Variant::Mma,
+        Ok(other) => panic!("LONGHAUL_TEST_KERNELS={other}: none of auto, plain, mma"),
+    }
+}
+
+/// A context on the device under test with a 64 MiB arena.
 pub fn context(options: EmulatedOptions, variant: Variant, element: Element) -> Context {
-    let driver: Arc<dyn Driver> = Arc::new(Emulated::new(options).expect("this build has the emulator"));
+    let driver = driver(options);
     let arena = Arena::new(&driver, 64 << 20).expect("arena");
+    let variant = if variant == Variant::Auto { open_choice() } else { variant };
     Context::new(driver, arena, variant, element).expect("context")
 }
 
