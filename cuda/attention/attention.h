@@ -18,7 +18,7 @@ struct AttentionParams {
     uint32_t q_stride;
     uint32_t out_stride;
     uint32_t most_splits;  // decode: partial slots of a (sequence, KV head)
-    uint32_t reserved;
+    uint32_t pairs;        // decode: (sequence, KV head) pairs that the partials have room for
 };
 
 // Rotations of one query: against keys of its own chunk, of the previous one, and of all before that.

@@ -1,152 +1,145 @@
 // The experts' products with mma.sync: grouped weight streamers.
 //
-// A tile is 64 weight rows of one expert by up to `Tokens` of the rows routed to it; experts without rows have no tile.
-// Blocks are persistent and take tiles in turn, neighbours in weight rows at the same time; the copies of the next tile
-// start while the last one is still multiplied. Each result is one sum over k in order: it does not depend on the other
-// rows. The first product gathers its rows and applies SiLU(gate) * up, the second reads them in place order.
+// A tile is 128 weight rows of one expert (64 gate rows and their up rows in the first product) by up to `Tokens` of the
+// rows routed to it; experts without rows have no tile. Blocks are persistent and take tiles in turn, neighbours in weight
+// rows at the same time; copies of the next tile run while the last one is still multiplied. k is summed in parts of about
+// 640, and the parts in order: where tiles are too few to fill the device, each part is a task of its own and the block
+// that arrives last adds them up, to the same bits. A result does not depend on the other rows. The first product gathers
+// its rows and applies SiLU(gate) * up, the second reads them in place order.
+//
+// Derived: rings as in gemm_skinny_mma.cu, 96 KB of weights in flight a multiprocessor. Qwen2-57B-A14B, one row: 320 tiles
+// of 6 parts and 224 of 4 are 14.5 and 6.8 tasks a multiprocessor of an H100, 97 % of whole waves each; without parts it
+// were 2.4 and 1.7, 81 % and 85 %.
 #include "../common/kernel.h"
-#include "../common/reduce.h"
 #include "../gemm/skinny_tile.h"
-#include "moe.h"
+#include "grouped.h"
 
 namespace longhaul {
 namespace {
 
 using namespace skinny;
 
-struct GroupedParams {
-    const Bf16* x;       // [rows or places, x_stride]
-    const Bf16* weight;  // [experts, weight_rows, weight_stride]; with Silu gate rows, then up rows
-    void* out;           // bf16 (Silu) or f32 [places, out_stride]
-    Routing routing;
-    uint32_t n;          // columns of the result
-    uint32_t k;
-    uint32_t x_stride;
-    uint32_t weight_stride;
-    uint32_t out_stride;
-    uint32_t reserved;
-};
-
-constexpr uint32_t kMostExperts = 512;
+constexpr uint32_t kPartBlocks = 10;  // most blocks of k that are summed before they are added to the total
 
 template <uint32_t Tokens, bool Silu>
 struct Grouped {
-    static constexpr uint32_t kWidth = Silu ? kTileRows / 2 : kTileRows;  // result columns of a tile
-    static constexpr uint32_t kTokenCopies = (Tokens * 8 + kThreads - 1) / kThreads;
+    static constexpr uint32_t kWidth = Silu ? kHalfRows : kTileRows;  // result columns of a tile
+    static constexpr uint32_t kCopies = kTokenCopies<Tokens>;
 
-    // One tile: an expert, a run of its places, a run of weight rows.
-    struct Tile {
-        uint32_t expert, first_place, places, column;
+    // Where a thread's copies of a tile come from.
+    struct Source {
+        WeightSource weights;
+        const Bf16* token[kCopies];
+        uint32_t tokens;  // that are there, from the thread's first on
     };
 
     const GroupedParams& p;
-    const uint32_t* starts;  // first token tile of each expert
-    uint32_t n_tiles;
+    const uint32_t* starts;
+    uint32_t n_tiles, k_blocks, parts;
 
-    __device__ __forceinline__ Tile tile(uint32_t index) const {
-        const uint32_t token_tile = index / n_tiles;
-        uint32_t low = 0, high = p.routing.experts;
-        while (high - low > 1) {
-            const uint32_t middle = (low + high) / 2;
-            if (starts[middle] <= token_tile)
-                low = middle;
-            else
-                high = middle;
-        }
-        const uint32_t first = p.routing.offsets[low] + (token_tile - starts[low]) * Tokens;
-        const uint32_t left = p.routing.offsets[low + 1] - first;
-        return {low, first, left < Tokens ? left : Tokens, index % n_tiles * kWidth};
+    __device__ __forceinline__ GroupedTile tile(uint32_t index) const {
+        return grouped_tile<Tokens>(p.routing, starts, index, n_tiles, kWidth);
     }
 
-    __device__ __forceinline__ void load(const Tile& t, uint32_t k0, uint32_t stage) const {
-        const uint64_t weight_rows = Silu ? 2 * static_cast<uint64_t>(p.n) : p.n;
-        const Bf16* weight = p.weight + t.expert * weight_rows * p.weight_stride;
+    __device__ __forceinline__ Source source(uint32_t index) const {
+        const GroupedTile t = tile(index);
+        const uint32_t row = threadIdx.x / 8, chunk = threadIdx.x % 8, column = t.column + row;
+        const Bf16* first = grouped_weight<Silu>(p, t.expert) + static_cast<uint64_t>(column) * p.weight_stride +
+                            chunk * kChunk;
+        const uint32_t left = column < p.n ? p.n - column : 0;
+        Source s;
+        s.weights = {{first, first + static_cast<uint64_t>(Silu ? p.n : kHalfRows) * p.weight_stride},
+                     {left, Silu ? left : left < kHalfRows ? 0 : left - kHalfRows}};
+        s.tokens = row < t.places ? t.places - row : 0;
 #pragma unroll
-        for (uint32_t i = 0; i < kTileRows * 8 / kThreads; ++i) {
-            const uint32_t at = i * kThreads + threadIdx.x, row = at / 8, chunk = at % 8;
-            const uint32_t column = t.column + row % kWidth;
-            const bool inside = column < p.n && k0 + chunk * kChunk < p.k;
-            const uint64_t index = row < kWidth ? column : static_cast<uint64_t>(p.n) + column;
-            const Bf16* source = inside ? weight + index * p.weight_stride + k0 + chunk * kChunk : p.weight;
-            ptx::cp_async_cg_16_zfill(stage + swizzled(row, chunk), source, inside ? 16 : 0);
-        }
-        const uint32_t tokens = stage + kTileRows * kRowBytes;
+        for (uint32_t i = 0; i < kCopies; ++i)
+            s.token[i] = i * kRowsAtOnce < s.tokens
+                             ? grouped_row<Silu>(p, t.first_place + row + i * kRowsAtOnce) + chunk * kChunk
+                             : p.x;
+        return s;
+    }
+
+    __device__ __forceinline__ void load(const Source& s, uint32_t k0, uint32_t stage, uint64_t policy) const {
+        const uint32_t row = threadIdx.x / 8, k = k0 + threadIdx.x % 8 * kChunk;
+        load_weights(s.weights, k0, k < p.k, p.weight_stride, stage, policy);
+        if (Tokens < kRowsAtOnce && row >= Tokens) return;
+        const uint32_t to = stage + kTileRows * kRowBytes + swizzled(row, threadIdx.x % 8);
+        // Beyond k, x holds anything: only what counts is read.
+        const uint32_t bytes = k >= p.k ? 0 : p.k - k >= kChunk ? 16 : (p.k - k) * 2;
 #pragma unroll
-        for (uint32_t i = 0; i < kTokenCopies; ++i) {
-            const uint32_t at = i * kThreads + threadIdx.x, token = at / 8, chunk = at % 8;
-            if (at >= Tokens * 8) break;
-            const uint32_t k = k0 + chunk * kChunk;
-            const uint32_t bytes = token >= t.places || k >= p.k ? 0 : p.k - k >= kChunk ? 16 : (p.k - k) * 2;
-            const Bf16* source = p.x;
-            if (bytes != 0) {
-                const uint32_t place = t.first_place + token;
-                const uint32_t row = Silu ? p.routing.permuted_slot[place] / p.routing.top_k : place;
-                source = p.x + static_cast<uint64_t>(row) * p.x_stride + k;
+        for (uint32_t i = 0; i < kCopies; ++i)
+            ptx::cp_async_cg_16_zfill(to + i * kRowsAtOnce * kRowBytes, s.token[i] + k0,
+                                      i * kRowsAtOnce < s.tokens ? bytes : 0);
+    }
+
+    // First block of k of part `part`.
+    __device__ __forceinline__ uint32_t part_begin(uint32_t part) const { return part * k_blocks / parts; }
+
+    // Adds up the parts of a tile that blocks share. False: another block arrives later and will do it.
+    __device__ __forceinline__ bool merge(uint32_t index, uint32_t part, Sums<Tokens>& total, uint32_t* flag) const {
+        float* slots = p.partials + static_cast<uint64_t>(index) * parts * (kThreads * Tokens) + threadIdx.x;
+        put<Tokens>(total, slots + static_cast<uint64_t>(part) * (kThreads * Tokens));
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) *flag = atomicAdd(p.counters + index, 1u);
+        __syncthreads();
+        if (*flag != parts - 1) return false;
+        __threadfence();
+        clear<Tokens>(total);
+#pragma unroll 4
+        for (uint32_t i = 0; i < parts; ++i) add<Tokens>(total, slots + static_cast<uint64_t>(i) * (kThreads * Tokens));
+        if (threadIdx.x == 0) p.counters[index] = 0;
+        return true;
+    }
+
+    __device__ __forceinline__ void write(uint32_t index, const Sums<Tokens>& total) const {
+        const GroupedTile t = tile(index);
+        for_each<Tokens>(total, [&](uint32_t row, uint32_t token, float first, float second) {
+            if (token >= t.places) return;
+            const uint32_t column = t.column + row;
+            const uint64_t to = static_cast<uint64_t>(t.first_place + token) * p.out_stride + column;
+            if constexpr (Silu) {
+                if (column < p.n) static_cast<Bf16*>(p.out)[to] = from_float<Bf16>(gated(first, second));
+            } else {
+                if (column < p.n) static_cast<float*>(p.out)[to] = first;
+                if (column + kHalfRows < p.n) static_cast<float*>(p.out)[to + kHalfRows] = second;
             }
-            ptx::cp_async_cg_16_zfill(tokens + swizzled(token, chunk), source, bytes);
-        }
-    }
-
-    __device__ __forceinline__ void write(const Tile& t, const float* out_tile) const {
-        for (uint32_t at = threadIdx.x; at < kWidth * t.places; at += kThreads) {
-            const uint32_t token = at / kWidth, column = at % kWidth;
-            if (t.column + column >= p.n) continue;
-            const uint64_t to = static_cast<uint64_t>(t.first_place + token) * p.out_stride + t.column + column;
-            const float value = out_tile[token * kOutPitch + column];
-            if constexpr (Silu)
-                static_cast<Bf16*>(p.out)[to] =
-                    from_float<Bf16>(gated(value, out_tile[token * kOutPitch + kWidth + column]));
-            else
-                static_cast<float*>(p.out)[to] = value;
-        }
+        });
     }
 };
 
 template <uint32_t Tokens, bool Silu>
 __device__ __forceinline__ void moe_grouped(const GroupedParams& p) {
     using Work = Grouped<Tokens, Silu>;
-    PTX_SHARED_ARRAY(uint32_t, starts, kMostExperts + 1);
     constexpr uint32_t stages = kStages<Tokens>;
-    // First token tile of each expert: one warp's running sum.
-    if (threadIdx.x < 32) {
-        uint32_t carried = 0;
-        for (uint32_t base = 0; base < p.routing.experts; base += 32) {
-            const uint32_t expert = base + threadIdx.x;
-            uint32_t tiles = 0;
-            if (expert < p.routing.experts)
-                tiles = (p.routing.offsets[expert + 1] - p.routing.offsets[expert] + Tokens - 1) / Tokens;
-            uint32_t before = tiles;
-#pragma unroll
-            for (uint32_t distance = 1; distance < 32; distance *= 2) {
-                const uint32_t other = ptx::shfl_up(kFullWarp, before, distance);
-                if (threadIdx.x >= distance) before += other;
-            }
-            if (expert < p.routing.experts) starts[expert] = carried + before - tiles;
-            carried += ptx::shfl_idx(kFullWarp, before, 31);
-        }
-        if (threadIdx.x == 0) starts[p.routing.experts] = carried;
-    }
-    __syncthreads();
+    PTX_SHARED_ARRAY(uint32_t, starts, kMostExperts + 1);
+    PTX_SHARED_ARRAY(uint32_t, flag, 4);
+    list_tiles<Tokens>(p.routing, starts);
+    const uint32_t ring = ptx::shared_address(ptx::dynamic_shared<unsigned char>());
+    const uint32_t k_blocks = (p.k + kBlock - 1) / kBlock;
+    const Work work{p, starts, (p.n + Work::kWidth - 1) / Work::kWidth, k_blocks,
+                    (k_blocks + kPartBlocks - 1) / kPartBlocks};
+    const uint32_t shares = p.split != 0 ? work.parts : 1;  // tasks of a tile
+    const uint32_t tasks = starts[p.routing.experts] * work.n_tiles * shares;
+    const uint64_t policy = ptx::createpolicy_evict_first();
+    // Of a task: its first block of k, and the one behind its last.
+    const auto begin_of = [&](uint32_t task) { return shares == 1 ? 0 : work.part_begin(task % shares); };
+    const auto end_of = [&](uint32_t task) { return shares == 1 ? k_blocks : work.part_begin(task % shares + 1); };
+    if (blockIdx.x >= tasks) return;
 
-    unsigned char* shared = ptx::dynamic_shared<unsigned char>();
-    const uint32_t ring = ptx::shared_address(shared);
-    float* out_tile = reinterpret_cast<float*>(shared + stages * kStageBytes<Tokens>);
-    const Work work{p, starts, (p.n + Work::kWidth - 1) / Work::kWidth};
-    const uint32_t total = starts[p.routing.experts] * work.n_tiles, k_blocks = (p.k + kBlock - 1) / kBlock;
-    if (blockIdx.x >= total) return;
-    const uint32_t units = (total - blockIdx.x + gridDim.x - 1) / gridDim.x * k_blocks;
-
-    uint32_t load_tile = blockIdx.x, load_block = 0, load_stage = 0, loaded = 0;
-    typename Work::Tile ahead = work.tile(load_tile);
+    uint32_t load_task = blockIdx.x, load_block = begin_of(load_task), load_end = end_of(load_task), load_stage = ring;
+    typename Work::Source source = work.source(load_task / shares);
     const auto load_next = [&] {
-        if (loaded < units) {
-            work.load(ahead, load_block * kBlock, ring + load_stage * kStageBytes<Tokens>);
-            ++loaded;
-            load_stage = load_stage + 1 == stages ? 0 : load_stage + 1;
-            if (++load_block == k_blocks) {
-                load_block = 0;
-                load_tile += gridDim.x;
-                if (load_tile < total) ahead = work.tile(load_tile);
+        if (load_task < tasks) {
+            work.load(source, load_block * kBlock, load_stage, policy);
+            load_stage = load_stage == ring + (stages - 1) * kStageBytes<Tokens> ? ring : load_stage + kStageBytes<Tokens>;
+            if (++load_block == load_end) {
+                load_task += gridDim.x;
+                if (load_task < tasks) {
+                    load_block = begin_of(load_task);
+                    load_end = end_of(load_task);
+                    source = work.source(load_task / shares);
+                }
             }
         }
         ptx::cp_async_commit_group();
@@ -154,22 +147,26 @@ __device__ __forceinline__ void moe_grouped(const GroupedParams& p) {
 #pragma unroll
     for (uint32_t s = 0; s < stages - 1; ++s) load_next();
 
-    float sum[kAccumulators<Tokens>][4];
-    clear<Tokens>(sum);
-    uint32_t stage = 0, block = 0, index = blockIdx.x;
-    for (uint32_t unit = 0; unit < units; ++unit) {
-        ptx::cp_async_wait_group<static_cast<int>(stages) - 2>();
-        __syncthreads();
-        load_next();
-        multiply<Tokens>(ring + stage * kStageBytes<Tokens>, sum);
-        stage = stage + 1 == stages ? 0 : stage + 1;
-        if (++block < k_blocks) continue;
-        block = 0;
-        spill<Tokens>(out_tile, sum);
-        __syncthreads();
-        work.write(work.tile(index), out_tile);
-        clear<Tokens>(sum);
-        index += gridDim.x;
+    uint32_t stage = ring;
+    for (uint32_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+        const uint32_t index = task / shares, first_part = shares == 1 ? 0 : task % shares;
+        const uint32_t last_part = shares == 1 ? work.parts : first_part + 1;
+        Sums<Tokens> total;
+        clear<Tokens>(total);
+        for (uint32_t part = first_part; part < last_part; ++part) {
+            Sums<Tokens> sums;
+            clear<Tokens>(sums);
+            const uint32_t end = work.part_begin(part + 1);
+            for (uint32_t block = work.part_begin(part); block < end; ++block) {
+                ptx::cp_async_wait_group<static_cast<int>(stages) - 2>();
+                __syncthreads();
+                load_next();
+                multiply<Tokens>(stage, sums);
+                stage = stage == ring + (stages - 1) * kStageBytes<Tokens> ? ring : stage + kStageBytes<Tokens>;
+            }
+            accumulate<Tokens>(total, sums);
+        }
+        if (shares == 1 || work.merge(index, first_part, total, flag)) work.write(index, total);
     }
 }
 

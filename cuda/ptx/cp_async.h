@@ -5,6 +5,7 @@
 // PTX ISA, "Data Movement: cp.async" (sm_80).
 #pragma once
 
+#include "load_store.h"
 #include "target.h"
 #if !defined(__CUDACC__)
 #include "../emulator/async_copy.h"
@@ -22,6 +23,14 @@ __device__ __forceinline__ void cp_async_cg_16(uint32_t destination, const void*
 // 16 bytes of which the first `source_bytes` are read and the rest is zero.
 __device__ __forceinline__ void cp_async_cg_16_zfill(uint32_t destination, const void* source, uint32_t source_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes)
+                 : "memory");
+}
+
+// As above, under an L2 policy of createpolicy and fetched into L2 by 128-byte lines.
+__device__ __forceinline__ void cp_async_cg_16_zfill(uint32_t destination, const void* source, uint32_t source_bytes,
+                                                     uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(destination),
+                 "l"(source), "r"(source_bytes), "l"(policy)
                  : "memory");
 }
 
@@ -50,6 +59,10 @@ inline void cp_async_cg_16(uint32_t destination, const void* source) {
 }
 inline void cp_async_cg_16_zfill(uint32_t destination, const void* source, uint32_t source_bytes) {
     ::emulator::issue_async_copy(destination, source, 16, source_bytes, "cp.async.cg");
+}
+inline void cp_async_cg_16_zfill(uint32_t destination, const void* source, uint32_t source_bytes, uint64_t policy) {
+    twin::check_policy(policy, "cp.async.cg");
+    ::emulator::issue_async_copy(destination, source, 16, source_bytes, "cp.async.cg.L2::cache_hint");
 }
 template <int Bytes>
 void cp_async_ca(uint32_t destination, const void* source) {

@@ -1,222 +1,18 @@
 //! Attention, rotation and the KV cache against float64.
 
 mod common;
+#[path = "common/paged.rs"]
+mod paged;
 
-use std::sync::Arc;
-
-use common::{Random, context, relative_error, schedules};
-use longhaul_backend::{Chunking, DType, HostTensor, KvLayout, RopeTables, SequenceInputs, StepInputs};
-use longhaul_cuda::driver::{Element, EmulatedOptions, Memory};
+use common::{context, relative_error, schedules};
+use longhaul_backend::{Chunking, DType, RopeTables, SequenceInputs, StepInputs};
+use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::ops::attention::attention;
 use longhaul_cuda::ops::rope::rope_and_cache;
 use longhaul_cuda::rope::Rope;
-use longhaul_cuda::step::Step;
-use longhaul_cuda::weights::Vector;
-use longhaul_cuda::{Context, CudaError, Variant};
-
-/// Shapes of one test: the model's and the sequences' (rows of the step, tokens in the cache after it).
-#[derive(Clone)]
-struct Shape {
-    query_heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    block_size: usize,
-    chunking: Option<Chunking>,
-    sequences: Vec<(usize, usize)>,
-}
-
-impl Shape {
-    fn tables(&self) -> RopeTables {
-        let longest = self.sequences.iter().map(|s| s.1).max().unwrap();
-        let rows = self.chunking.map_or(longest, |c| c.chunk_size as usize + 1);
-        let half = self.head_dim / 2;
-        let angle = |i: usize| (i / half) as f64 / 10_000f64.powf((i % half) as f64 / half as f64);
-        RopeTables {
-            half_dim: half,
-            rows,
-            cos: (0..rows * half).map(|i| angle(i).cos() as f32).collect(),
-            sin: (0..rows * half).map(|i| angle(i).sin() as f32).collect(),
-            chunking: self.chunking,
-        }
-    }
-
-    fn layout(&self, dtype: DType) -> KvLayout {
-        let blocks: usize = self.sequences.iter().map(|s| s.1.div_ceil(self.block_size)).sum();
-        KvLayout {
-            layers: 2,
-            query_heads: self.query_heads,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            block_size: self.block_size,
-            // Some blocks belong to nobody: they stay poisoned.
-            blocks: blocks + 3,
-            dtype,
-        }
-    }
-}
-
-/// The token streams of every sequence, and the block tables they share a pool by.
-struct Data {
-    /// Per sequence, per token: q, k, v of all heads, rounded to the element.
-    tokens: Vec<Vec<Vec<f32>>>,
-    tables: Vec<Vec<u32>>,
-    bias: Vec<f32>,
-}
-
-fn data(shape: &Shape, element: Element, seed: u64) -> Data {
-    let mut random = Random(seed);
-    let cols = (shape.query_heads + 2 * shape.kv_heads) * shape.head_dim;
-    let tokens = shape
-        .sequences
-        .iter()
-        .map(|&(_, length)| (0..length).map(|_| random.exact(cols, element)).collect())
-        .collect();
-    let layout = shape.layout(DType::F32);
-    let mut free: Vec<u32> = (0..layout.blocks as u32).collect();
-    for i in (1..free.len()).rev() {
-        free.swap(i, random.below(i + 1));
-    }
-    let tables = shape
-        .sequences
-        .iter()
-        .map(|&(_, length)| free.split_off(free.len() - length.div_ceil(shape.block_size)))
-        .collect();
-    let bias = random.values(cols).into_iter().map(|v| v * 0.1).collect();
-    Data { tokens, tables, bias }
-}
-
-fn scale(shape: &Shape, position: usize) -> f32 {
-    ((shape.head_dim as f64).powf(-0.5) * (1.0 + position as f64 / 1000.0)) as f32
-}
-
-fn step_inputs(shape: &Shape, data: &Data, parts: &[(usize, usize, usize)]) -> StepInputs {
-    let mut inputs = StepInputs::default();
-    for &(index, first, rows) in parts {
-        inputs.ids.extend(vec![0; rows]);
-        inputs.logit_scales.extend((first..first + rows).map(|p| scale(shape, p)));
-        inputs.sequences.push(SequenceInputs {
-            rows,
-            kv_len: first + rows,
-            block_table: data.tables[index].clone(),
-        });
-    }
-    inputs
-}
-
-fn upload(ctx: &Context, inputs: StepInputs) -> Step {
-    let blocks: usize = inputs.sequences.iter().map(|s| s.block_table.len()).sum();
-    let bytes = Step::capacity_bytes(inputs.rows(), inputs.sequences.len(), blocks);
-    let memory = Memory::new(&ctx.driver, bytes, "step").unwrap();
-    Step::upload(&ctx.driver, Arc::new(memory), inputs).unwrap()
-}
-
-/// Runs `parts` (sequence, first token, rows) as one step on layer 1: cache write, then attention.
-fn run(
-    ctx: &Context,
-    shape: &Shape,
-    data: &Data,
-    rope: &Rope,
-    kv: &KvCache,
-    parts: &[(usize, usize, usize)],
-) -> Vec<f32> {
-    let cols = data.bias.len();
-    let values: Vec<f32> = parts
-        .iter()
-        .flat_map(|&(index, first, rows)| data.tokens[index][first..first + rows].iter().flatten().copied())
-        .collect();
-    let step = upload(ctx, step_inputs(shape, data, parts));
-    let qkv = ctx.tensor_from_f32(&values, values.len() / cols, cols, ctx.element).unwrap();
-    let host = HostTensor::from_f32(vec![cols], &data.bias).unwrap();
-    let bias = Vector::new(&ctx.driver, &[host]).unwrap();
-    let q = rope_and_cache(ctx, &qkv, Some(&bias), rope, &step, kv, 1).unwrap();
-    let out = attention(ctx, &q, rope, &step, kv, 1).unwrap();
-    ctx.tensor_to_f32(&out).unwrap()
-}
-
-/// Attention of token `position` of a sequence in float64, from the definition: every key is rotated at its position
-/// modulo the chunk length, the query by its distance in chunks.
-fn reference(shape: &Shape, tables: &RopeTables, data: &Data, index: usize, position: usize) -> Vec<f64> {
-    let (d, half) = (shape.head_dim, shape.head_dim / 2);
-    let group = shape.query_heads / shape.kv_heads;
-    let rotate = |values: &[f64], row: usize| -> Vec<f64> {
-        let table = |t: &[f32], i: usize| f64::from(t[row * half + i % half]);
-        (0..d)
-            .map(|i| {
-                let other = if i < half { -values[i + half] } else { values[i - half] };
-                values[i] * table(&tables.cos, i) + other * table(&tables.sin, i)
-            })
-            .collect()
-    };
-    let part = |token: usize, head: usize| -> Vec<f64> {
-        (0..d)
-            .map(|i| f64::from(data.tokens[index][token][head * d + i]) + f64::from(data.bias[head * d + i]))
-            .collect()
-    };
-    let query_row = |key: usize| match shape.chunking {
-        None => position,
-        Some(c) => c.query_row(position as u32, key as u32 / c.len()) as usize,
-    };
-    let mut out = Vec::new();
-    for head in 0..shape.query_heads {
-        let kv_head = head / group;
-        let query = part(position, head);
-        let scores: Vec<f64> = (0..=position)
-            .map(|key| {
-                let k = rotate(&part(key, shape.query_heads + kv_head), tables.key_row(key as u32) as usize);
-                let q = rotate(&query, query_row(key));
-                q.iter().zip(&k).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale(shape, position))
-            })
-            .collect();
-        let largest = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(*s));
-        let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-        let sum: f64 = weights.iter().sum();
-        let mut value = vec![0.0; d];
-        for (key, weight) in weights.iter().enumerate() {
-            for (v, x) in value.iter_mut().zip(part(key, shape.query_heads + shape.kv_heads + kv_head)) {
-                *v += weight / sum * x;
-            }
-        }
-        out.extend(value);
-    }
-    out
-}
-
-/// All tokens of all sequences but those of the step are cached by an earlier step; the step's rows must match.
-#[track_caller]
-fn check(options: EmulatedOptions, variant: Variant, element: Element, shape: &Shape) {
-    let ctx = context(options, variant, element);
-    let data = data(shape, element, shape.sequences.len() as u64 + shape.head_dim as u64);
-    let tables = shape.tables();
-    let rope = Rope::new(&ctx.driver, tables.clone()).unwrap();
-    let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
-    let kv = KvCache::new(&ctx.driver, shape.layout(dtype)).unwrap();
-    let before: Vec<_> = (0..shape.sequences.len())
-        .map(|i| (i, 0, shape.sequences[i].1 - shape.sequences[i].0))
-        .filter(|part| part.2 > 0)
-        .collect();
-    if !before.is_empty() {
-        run(&ctx, shape, &data, &rope, &kv, &before);
-    }
-    let parts: Vec<_> =
-        shape.sequences.iter().enumerate().map(|(i, &(rows, length))| (i, length - rows, rows)).collect();
-    let got = run(&ctx, shape, &data, &rope, &kv, &parts);
-    let cols = shape.query_heads * shape.head_dim;
-    let mut rows = got.chunks_exact(cols);
-    for (index, first, count) in parts {
-        for position in first..first + count {
-            let exact = reference(shape, &tables, &data, index, position);
-            let error = relative_error(rows.next().unwrap(), &exact);
-            // bf16: the rotated keys and queries, the weights and the result are rounded.
-            let tolerance = if element == Element::F32 { 2e-5 } else { 2e-2 };
-            assert!(error <= tolerance, "sequence {index} position {position}: {error} ({options:?})");
-        }
-    }
-}
-
-fn shape(query_heads: usize, kv_heads: usize, head_dim: usize, sequences: &[(usize, usize)]) -> Shape {
-    Shape { query_heads, kv_heads, head_dim, block_size: 16, chunking: None, sequences: sequences.to_vec() }
-}
+use longhaul_cuda::{CudaError, Variant};
+use paged::{Reference, Shape, check, data, run, shape, step_inputs, upload};
 
 const CHUNKS: Option<Chunking> = Some(Chunking { chunk_size: 40, local_size: 8 });
 
@@ -322,11 +118,11 @@ fn an_fp8_cache_is_within_its_rounding() {
         run(&ctx, &s, &data, &rope, &kv, &[(0, 0, 69), (1, 0, 17)]);
         let parts = [(0, 69, 1), (1, 17, 33)];
         let got = run(&ctx, &s, &data, &rope, &kv, &parts);
-        let tables = s.tables();
         let mut rows = got.chunks_exact(s.query_heads * s.head_dim);
         for (index, first, count) in parts {
+            let reference = Reference::new(&s, &data, index);
             for position in first..first + count {
-                let exact = reference(&s, &tables, &data, index, position);
+                let exact = reference.row(position);
                 let error = relative_error(rows.next().unwrap(), &exact);
                 // Three mantissa bits: half a unit is 2^-4 of a value; averaged over keys.
                 assert!(error < 0.08, "{index} {position}: {error}");

@@ -56,6 +56,15 @@ pub struct DeviceProperties {
     pub memory_bytes: u64,
 }
 
+impl DeviceProperties {
+    /// Blocks with `bytes` of shared memory that fit on a multiprocessor at once, at least 1. A multiprocessor has 1 KiB more
+    /// than a block may take, and every block costs it 1 KiB (CUDA C++ Programming Guide, "Compute Capabilities").
+    pub fn resident_blocks(&self, bytes: usize) -> u32 {
+        const RESERVED: u32 = 1024;
+        ((self.shared_bytes_per_block + RESERVED) / (bytes as u32 + RESERVED)).max(1)
+    }
+}
+
 /// Grid, block and shared memory of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {

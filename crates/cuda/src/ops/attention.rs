@@ -23,7 +23,7 @@ struct AttentionParams {
     q_stride: u32,
     out_stride: u32,
     most_splits: u32,
-    reserved: u32,
+    pairs: u32,
 }
 
 type K = Kernel<AttentionParams>;
@@ -33,8 +33,11 @@ const PLAIN_BF16_F32: K = K::new("attention_plain_bf16_f32");
 const PLAIN_F32_BF16: K = K::new("attention_plain_f32_bf16");
 const PLAIN_F32_E4M3: K = K::new("attention_plain_f32_e4m3");
 const PLAIN_F32_F32: K = K::new("attention_plain_f32_f32");
-const PREFILL_64: K = K::new("attention_prefill_mma_hd64_bf16");
-const PREFILL_128: K = K::new("attention_prefill_mma_hd128_bf16");
+/// By packed query rows of a block: 64, 128.
+const PREFILL_HD64: [K; 2] =
+    [K::new("attention_prefill_mma_hd64_64_bf16"), K::new("attention_prefill_mma_hd64_128_bf16")];
+const PREFILL_HD128: [K; 2] =
+    [K::new("attention_prefill_mma_hd128_64_bf16"), K::new("attention_prefill_mma_hd128_128_bf16")];
 const DECODE_64: K = K::new("attention_decode_mma_hd64_bf16");
 const DECODE_128: K = K::new("attention_decode_mma_hd128_bf16");
 
@@ -46,8 +49,10 @@ pub(crate) const KERNELS: &[KernelInfo] = &[
     PLAIN_F32_BF16.info(),
     PLAIN_F32_E4M3.info(),
     PLAIN_F32_F32.info(),
-    PREFILL_64.info(),
-    PREFILL_128.info(),
+    PREFILL_HD64[0].info(),
+    PREFILL_HD64[1].info(),
+    PREFILL_HD128[0].info(),
+    PREFILL_HD128[1].info(),
     DECODE_64.info(),
     DECODE_128.info(),
 ];
@@ -55,10 +60,12 @@ pub(crate) const KERNELS: &[KernelInfo] = &[
 const THREADS: u32 = 128;
 /// Largest head the plain kernels take.
 const MOST_HEAD_DIM: usize = 256;
-/// Packed query rows of a prefill block.
-const PREFILL_ROWS: usize = 64;
+/// Packed query rows of a prefill block: the narrow and the wide kernel.
+const PREFILL_ROWS: [usize; 2] = [64, 128];
 /// Keys of a tile.
 const TILE_TOKENS: usize = 64;
+/// Keys that must lie in one block of the pool, and in one chunk of the positions.
+const PIECE: usize = 16;
 /// Query heads of a KV head that a decode block takes.
 const DECODE_GROUP: usize = 8;
 /// Decode sequences that the work list in shared memory holds.
@@ -67,8 +74,10 @@ const DECODE_SEQUENCES: usize = 1024;
 const LEAST_SPLIT: usize = 128;
 /// Most splits of a sequence: enough to fill the largest device at batch 1.
 pub(crate) const MOST_SPLITS: usize = 64;
-/// Decode blocks of a multiprocessor.
-const DECODE_BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
+/// Most decode blocks of a multiprocessor: what the registers allow.
+const DECODE_BLOCKS_PER_MULTIPROCESSOR: u32 = 3;
+/// Static shared memory of a decode block: the work list.
+const DECODE_STATIC_SHARED: usize = 4 * (DECODE_SEQUENCES + 1) + 28;
 
 /// Causal attention of the step's rows over the cache of `layer`: GQA, plain or dual-chunk positions, prefill and decode
 /// rows mixed. `q` is unrotated, `[rows, query_heads * head_dim]`; so is the result's shape.
@@ -110,13 +119,14 @@ pub fn attention(
         q_stride: q.stride as u32,
         out_stride: out.stride as u32,
         most_splits: 0,
-        reserved: 0,
+        pairs: 0,
     };
     let group = layout.group();
     let fast = ctx.allows_mma()
         && (q.element, kv.element()) == (Element::Bf16, Element::Bf16)
         && matches!(layout.head_dim, 64 | 128)
-        && layout.block_size >= 16
+        && layout.block_size.is_multiple_of(PIECE)
+        && (rope.params.chunk_len as usize).is_multiple_of(PIECE)
         && layout.query_heads.is_multiple_of(layout.kv_heads)
         && group <= DECODE_GROUP
         && step.decode_sequences <= DECODE_SEQUENCES
@@ -129,26 +139,38 @@ pub fn attention(
     }
     let tile_bytes = TILE_TOKENS * layout.head_dim * 2;
     let (prefill, decode) =
-        if layout.head_dim == 64 { (PREFILL_64, DECODE_64) } else { (PREFILL_128, DECODE_128) };
+        if layout.head_dim == 64 { (&PREFILL_HD64, DECODE_64) } else { (&PREFILL_HD128, DECODE_128) };
+    let properties = ctx.driver.properties();
     if !step.prefill_rows.is_empty() {
-        let tiles: usize = step.prefill_rows.iter().map(|rows| (rows * group).div_ceil(PREFILL_ROWS)).sum();
-        let shared = PREFILL_ROWS * layout.head_dim * 2 + 4 * tile_bytes;
-        let geometry = Geometry::grid([tiles as u32, layout.kv_heads as u32, 1], THREADS).shared(shared);
-        ctx.launch(&prefill, geometry, params)?;
+        let tiles = |rows: usize| -> usize {
+            step.prefill_rows.iter().map(|sequence| (sequence * group).div_ceil(rows)).sum()
+        };
+        let shared = |rows: usize| rows * layout.head_dim * 2 + 2 * tile_bytes;
+        // Wide blocks read less shared memory for a product. They serve where two fit on a multiprocessor and all
+        // multiprocessors get one. Both give the same bits.
+        let [narrow, wide] = PREFILL_ROWS;
+        let fills = tiles(wide) * layout.kv_heads >= properties.multiprocessors as usize;
+        let index = usize::from(fills && properties.resident_blocks(shared(wide)) >= 2);
+        let rows = [narrow, wide][index];
+        let grid = [tiles(rows) as u32, layout.kv_heads as u32, 1];
+        ctx.launch(&prefill[index], Geometry::grid(grid, THREADS).shared(shared(rows)), params)?;
     }
     if step.decode_sequences > 0 {
         // From capacities, not from this step's lengths: a recorded launch serves longer sequences, too.
         let pool_tokens = layout.blocks * layout.block_size;
         let most_splits = pool_tokens.div_ceil(LEAST_SPLIT).clamp(1, MOST_SPLITS);
         let pairs = step.decode_sequences * layout.kv_heads;
-        let partials = ctx.tensor(OP, pairs * most_splits * group, layout.head_dim + 2, Element::F32)?;
-        let shared = 3 * 16 * layout.head_dim * 2 + 4 * tile_bytes;
-        let most_blocks = ctx.driver.properties().multiprocessors * DECODE_BLOCKS_PER_MULTIPROCESSOR;
+        let partials =
+            ctx.tensor(OP, 1, pairs * most_splits * group * (layout.head_dim + 2), Element::F32)?;
+        let shared = 3 * DECODE_GROUP * layout.head_dim * 2 + 4 * tile_bytes;
+        let resident = properties.resident_blocks(shared + DECODE_STATIC_SHARED);
+        let most_blocks = properties.multiprocessors * resident.min(DECODE_BLOCKS_PER_MULTIPROCESSOR);
         let blocks = most_blocks.min((pairs * most_splits) as u32);
         let params = AttentionParams {
             partials: partials.address(),
             counters: ctx.counters(),
             most_splits: most_splits as u32,
+            pairs: pairs as u32,
             ..params
         };
         ctx.launch(&decode, Geometry::linear(blocks as usize, THREADS).shared(shared), params)?;

@@ -1,4 +1,5 @@
-//! Dense products (`cuda/gemm/`): our kernels for few rows, the vendor's library for many.
+//! Dense products (`cuda/gemm/`): our kernels for few rows, the vendor's library for many, or our kernel for many where only
+//! mma.sync kernels are to run.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -28,14 +29,21 @@ struct GemmParams {
 const PLAIN_BF16: Kernel<GemmParams> = Kernel::new("gemm_plain_bf16");
 const PLAIN_BF16_F32: Kernel<GemmParams> = Kernel::new("gemm_plain_bf16_f32");
 const PLAIN_F32: Kernel<GemmParams> = Kernel::new("gemm_plain_f32");
+const MMA_BF16: Kernel<GemmParams> = Kernel::new("gemm_mma_bf16");
+const MMA_F32: Kernel<GemmParams> = Kernel::new("gemm_mma_f32");
 
 /// Kernels of this module.
-pub(crate) const KERNELS: &[KernelInfo] = &[PLAIN_BF16.info(), PLAIN_BF16_F32.info(), PLAIN_F32.info()];
+pub(crate) const KERNELS: &[KernelInfo] =
+    &[PLAIN_BF16.info(), PLAIN_BF16_F32.info(), PLAIN_F32.info(), MMA_BF16.info(), MMA_F32.info()];
 
 /// Warps of a block of the plain kernel, one output element each.
 const PLAIN_WARPS: usize = 8;
 /// Most rows in one launch of the plain kernel (grid limit).
 const PLAIN_ROWS: usize = 65_535;
+/// Rows and columns of a tile of the mma kernel, its threads, and its ring in shared memory.
+const MMA_TILE: usize = 128;
+const MMA_THREADS: u32 = 128;
+const MMA_SHARED: usize = 4 * 2 * MMA_TILE * 64;
 
 /// `x · weightᵀ + bias` in `out`'s element: `[rows, n]`.
 ///
@@ -91,7 +99,25 @@ pub fn linear_into(
     if skinny::takes(ctx, x, weight) {
         return skinny::linear(ctx, x, weight, bias, out);
     }
-    if ctx.variant != Variant::Plain && x.rows > skinny::MOST_ROWS {
+    let params = |first: usize, rows: usize| GemmParams {
+        x: x.row_address(first),
+        weight: weight.address(),
+        bias,
+        out: out.row_address(first),
+        rows: rows as u32,
+        n: weight.rows as u32,
+        k: x.cols as u32,
+        x_stride: x.stride as u32,
+        weight_stride: weight.stride as u32,
+        out_stride: out.stride as u32,
+    };
+    if ctx.variant == Variant::Mma && ctx.allows_mma() && x.element == Element::Bf16 {
+        let kernel = if out.element == Element::F32 { MMA_F32 } else { MMA_BF16 };
+        let tiles = x.rows.div_ceil(MMA_TILE) * weight.rows.div_ceil(MMA_TILE);
+        let geometry = Geometry::linear(tiles, MMA_THREADS).shared(MMA_SHARED);
+        return ctx.launch(&kernel, geometry, params(0, x.rows));
+    }
+    if ctx.variant == Variant::Auto && x.rows > skinny::MOST_ROWS {
         return ctx.driver.gemm(&Gemm {
             x: x.address(),
             x_stride: x.stride,
@@ -115,20 +141,8 @@ pub fn linear_into(
     };
     for first in (0..x.rows).step_by(PLAIN_ROWS) {
         let rows = (x.rows - first).min(PLAIN_ROWS);
-        let params = GemmParams {
-            x: x.row_address(first),
-            weight: weight.address(),
-            bias,
-            out: out.row_address(first),
-            rows: rows as u32,
-            n: weight.rows as u32,
-            k: x.cols as u32,
-            x_stride: x.stride as u32,
-            weight_stride: weight.stride as u32,
-            out_stride: out.stride as u32,
-        };
         let grid = [weight.rows.div_ceil(PLAIN_WARPS) as u32, rows as u32, 1];
-        ctx.launch(&kernel, Geometry::grid(grid, 32 * PLAIN_WARPS as u32), params)?;
+        ctx.launch(&kernel, Geometry::grid(grid, 32 * PLAIN_WARPS as u32), params(first, rows))?;
     }
     Ok(())
 }

@@ -47,7 +47,8 @@ pub(crate) struct ExpertsParams {
     pub x_stride: u32,
     pub weight_stride: u32,
     pub out_stride: u32,
-    pub reserved: u32,
+    /// Of the mma kernels: 1 where blocks share a tile.
+    pub split: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -210,7 +211,7 @@ pub fn experts(ctx: &Context, x: &Tensor, routing: &Routing, experts: &Experts) 
         x_stride: x.stride as u32,
         weight_stride: experts.gate_up_stride as u32,
         out_stride: gated.stride as u32,
-        reserved: 0,
+        split: 0,
     };
     let down = ExpertsParams {
         x: gated.address(),

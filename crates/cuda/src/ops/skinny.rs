@@ -64,12 +64,16 @@ pub(crate) const KERNELS: &[KernelInfo] = &[
 /// Rows up to which these kernels serve.
 pub(crate) const MOST_ROWS: usize = 64;
 const THREADS: usize = 128;
-const TILE_ROWS: usize = 64;
+const TILE_ROWS: usize = 128;
 const K_BLOCK: usize = 64;
-/// Thread blocks of a multiprocessor: what the shared memory of the widest instance allows.
-const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
-/// Work units (64 weight rows, 64 of k: 8 KiB) below which a further block costs more than it brings.
-const LEAST_UNITS: usize = 4;
+/// Rows of x, and stages of the ring, of each instance.
+const INSTANCES: [(usize, usize); 4] = [(8, 4), (16, 4), (32, 4), (64, 3)];
+/// Most thread blocks of a multiprocessor: more would only cut tiles into more parts.
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
+/// Static shared memory of a block.
+const STATIC_SHARED: usize = 16;
+/// Work units (128 weight rows, 64 of k: 16 KiB) below which a further block costs more than it brings.
+const LEAST_UNITS: usize = 2;
 
 /// Whether these kernels take the product on this device.
 pub(crate) fn takes(ctx: &Context, x: &Tensor, weight: &Matrix) -> bool {
@@ -111,21 +115,21 @@ fn run(
     bias: DevicePtr,
     out: &Tensor,
 ) -> Result<()> {
-    let (kernel, tokens, stages) = match x.rows {
-        0 => return Ok(()),
-        1..=8 => (&kernels[0], 8, 6),
-        9..=16 => (&kernels[1], 16, 6),
-        17..=32 => (&kernels[2], 32, 5),
-        _ => (&kernels[3], 64, 4),
-    };
+    if x.rows == 0 {
+        return Ok(());
+    }
+    let index = INSTANCES.iter().position(|(tokens, _)| x.rows <= *tokens).unwrap_or(INSTANCES.len() - 1);
+    let ring = |(tokens, stages): (usize, usize)| stages * (TILE_ROWS + tokens) * K_BLOCK * 2;
     let units = tiles * x.cols.div_ceil(K_BLOCK);
     if units == 0 {
         return ctx.driver.fill(out.address(), 0, out.rows * out.stride * out.element.size());
     }
-    let most = ctx.driver.properties().multiprocessors as usize * BLOCKS_PER_MULTIPROCESSOR;
-    let blocks = units.div_ceil(LEAST_UNITS).min(most).max(1);
-    let accumulators = tokens / 2;
-    let partials = ctx.tensor("linear", blocks * 2, THREADS * accumulators, Element::F32)?;
+    // The same for all instances, from the largest: how k is cut must not depend on the number of rows.
+    let properties = ctx.driver.properties();
+    let largest = INSTANCES.into_iter().map(ring).max().unwrap_or(0);
+    let resident = properties.resident_blocks(largest + STATIC_SHARED).min(BLOCKS_PER_MULTIPROCESSOR);
+    let blocks = units.div_ceil(LEAST_UNITS).min((properties.multiprocessors * resident) as usize).max(1);
+    let partials = ctx.tensor("linear", blocks * 2, THREADS * INSTANCES[index].0, Element::F32)?;
     let params = SkinnyParams {
         x: x.address(),
         weight: weight.address(),
@@ -140,7 +144,6 @@ fn run(
         weight_stride: weight.stride as u32,
         out_stride: out.stride as u32,
     };
-    let ring = stages * (TILE_ROWS + tokens) * K_BLOCK * 2;
-    let out_tile = tokens * (TILE_ROWS + 4) * 4;
-    ctx.launch(kernel, Geometry::linear(blocks, THREADS as u32).shared(ring + out_tile), params)
+    let geometry = Geometry::linear(blocks, THREADS as u32).shared(ring(INSTANCES[index]));
+    ctx.launch(&kernels[index], geometry, params)
 }
