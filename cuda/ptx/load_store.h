@@ -103,6 +103,12 @@ void store(void* address, T value, const char* instruction) {
 inline constexpr uint64_t kEvictFirst = 0x12f0000000000000u;
 inline constexpr uint64_t kEvictLast = 0x14f0000000000000u;
 
+inline void check_policy(uint64_t policy, const char* instruction) {
+    if (policy != kEvictFirst && policy != kEvictLast)
+        ::emulator::raise(::emulator::FaultKind::InvalidArgument,
+                          std::string(instruction) + ": the cache policy is not one of createpolicy");
+}
+
 }  // namespace twin
 
 inline uint4 ld_global_nc_v4(const void* address) { return twin::load<uint4>(address, true, "ld.global.nc.v4"); }
@@ -110,8 +116,7 @@ inline uint32_t ld_global_nc_u32(const void* address) { return twin::load<uint32
 inline uint64_t createpolicy_evict_first() { return twin::kEvictFirst; }
 inline uint64_t createpolicy_evict_last() { return twin::kEvictLast; }
 inline uint4 ld_global_nc_v4(const void* address, uint64_t policy) {
-    if (policy != twin::kEvictFirst && policy != twin::kEvictLast)
-        ::emulator::raise(::emulator::FaultKind::InvalidArgument, "ld.global.nc: the cache policy is not one of createpolicy");
+    twin::check_policy(policy, "ld.global.nc");
     return twin::load<uint4>(address, true, "ld.global.nc.L2::cache_hint.v4");
 }
 inline uint4 ld_global_cg_v4(const void* address) { return twin::load<uint4>(address, false, "ld.global.cg.v4"); }
