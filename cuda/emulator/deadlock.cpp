@@ -46,6 +46,15 @@ std::string describe_wait(const Block& block, const Wait& wait) {
         case Wait::Kind::MemoryBarrier:
             return "mbarrier at shared address " + std::to_string(wait.id) + ", phase parity " +
                    std::to_string(wait.parity) + describe_mbarrier(block, static_cast<std::uint32_t>(wait.id));
+        case Wait::Kind::ClusterBarrier:
+            return std::string(wait.operation) + " (" + std::to_string(block.cluster->arrived) + " of " +
+                   std::to_string(block.cluster->live) + " threads of the cluster arrived)";
+        case Wait::Kind::Warpgroup: {
+            const auto& group = block.warpgroups[wait.id];
+            std::string out = std::string(wait.operation) + " of warpgroup " + std::to_string(wait.id) + " (executed by its warps:";
+            for (const auto issued : group.issued) out += " " + std::to_string(issued);
+            return out + " warpgroup instructions)";
+        }
         case Wait::Kind::Polling: return std::string(wait.operation) + " polling memory";
         case Wait::Kind::None: break;
     }

@@ -16,6 +16,8 @@ const char* name_of(FaultKind kind) {
         case FaultKind::InvalidBarrier: return "invalid barrier";
         case FaultKind::InvalidArgument: return "invalid argument";
         case FaultKind::KernelException: return "kernel exception";
+        case FaultKind::WarpgroupMismatch: return "warpgroup mismatch";
+        case FaultKind::ExitedBlock: return "exited block";
     }
     return "fault";
 }

@@ -18,6 +18,8 @@ enum class FaultKind {
     InvalidBarrier,     // mbarrier used before initialisation, over-arrived, or out of range
     InvalidArgument,    // launch or instruction operand outside its legal range
     KernelException,    // the kernel body threw
+    WarpgroupMismatch,  // warps of a warpgroup disagree about an instruction, or registers in flight were touched
+    ExitedBlock,        // access to the shared memory of a block of the cluster that has exited
 };
 
 const char* name_of(FaultKind kind);

@@ -116,10 +116,13 @@ StackPool::~StackPool() { munmap(base_, count_ * pitch_); }
 
 void* StackPool::stack(std::size_t index) const { return base_ + index * pitch_ + kPage; }
 
-bool StackPool::overflowed(const void* address) const {
+bool StackPool::contains(const void* address) const {
     const auto* p = static_cast<const char*>(address);
-    return p >= base_ && p < base_ + count_ * pitch_ &&
-           static_cast<std::size_t>(p - base_) % pitch_ < kPage;
+    return p >= base_ && p < base_ + count_ * pitch_;
+}
+
+bool StackPool::overflowed(const void* address) const {
+    return contains(address) && static_cast<std::size_t>(static_cast<const char*>(address) - base_) % pitch_ < kPage;
 }
 
 }  // namespace emulator

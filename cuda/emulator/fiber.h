@@ -46,6 +46,7 @@ public:
     void* stack(std::size_t index) const;
     std::size_t stack_bytes() const { return stack_bytes_; }
     std::size_t count() const { return count_; }
+    bool contains(const void* address) const;
     // Whether `address` lies in a guard page.
     bool overflowed(const void* address) const;
 

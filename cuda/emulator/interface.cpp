@@ -1,6 +1,8 @@
 #include "interface.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -9,6 +11,7 @@
 #include "launch.h"
 #include "memory.h"
 #include "registry.h"
+#include "tensor_map.h"
 
 namespace {
 
@@ -47,6 +50,7 @@ int longhaul_emulated_launch_kernel(const longhaul_emulated_launch* launch, char
     config.name = launch->kernel;
     config.grid = dim3(launch->grid[0], launch->grid[1], launch->grid[2]);
     config.block = dim3(launch->block[0], launch->block[1], launch->block[2]);
+    config.cluster = kernel->cluster;
     config.dynamic_shared_bytes = launch->shared_bytes;
     config.completion = launch->eager != 0 ? emulator::Completion::Eager : emulator::Completion::Lazy;
     config.seed = launch->seed;
@@ -96,4 +100,21 @@ int longhaul_emulated_kernel(std::size_t index, const char** name, std::uint64_t
     *params_bytes = kernel->params_bytes;
     *max_threads = kernel->max_threads;
     return 1;
+}
+
+int longhaul_emulated_tensor_map(const longhaul_emulated_tensor* tensor, std::uint64_t* words, char* error,
+                                 std::size_t error_bytes) {
+    emulator::TensorMapSpec spec{tensor->address, tensor->element_bytes, tensor->rank, {}, {}, {}, tensor->swizzle};
+    for (unsigned d = 0; d < emulator::kMaxTensorRank; ++d) {
+        spec.dims[d] = tensor->dims[d];
+        spec.strides[d] = tensor->strides[d];
+        spec.box[d] = tensor->box[d];
+    }
+    std::uint64_t map[emulator::kTensorMapWords];
+    if (const auto problem = emulator::encode_tensor_map(spec, map)) {
+        report(error, error_bytes, problem->c_str());
+        return status(emulator::FaultKind::InvalidArgument);
+    }
+    std::copy(std::begin(map), std::end(map), words);
+    return 0;
 }

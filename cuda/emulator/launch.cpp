@@ -9,8 +9,11 @@
 #include <exception>
 #include <optional>
 
+#include "bulk_store.h"
+#include "cluster.h"
 #include "deadlock.h"
 #include "runtime.h"
+#include "wgmma.h"
 
 namespace emulator {
 
@@ -19,6 +22,7 @@ namespace {
 constexpr std::size_t kStackBytes = 128 * 1024;
 constexpr std::size_t kSignalStackBytes = 64 * 1024;
 constexpr unsigned kMaxThreadsPerBlock = 1024;
+constexpr unsigned kMaxClusterBlocks = 8;  // portable
 // Resumptions of polling threads without any progress before the launch is called dead, per polling thread.
 constexpr std::uint64_t kFruitlessPolls = 256;
 
@@ -55,11 +59,13 @@ public:
         : config_(config),
           body_(body),
           random_(config.seed),
-          resident_(std::min<unsigned>(config.resident_blocks, config.grid.count())),
+          // Whole clusters.
+          resident_((std::min<unsigned>(config.resident_blocks, config.grid.count()) + config.cluster - 1) / config.cluster *
+                    config.cluster),
           stacks_(stacks_of_this_host_thread(static_cast<std::size_t>(resident_) * config.block.count())) {
         for (unsigned i = 0; i < resident_; ++i)
             shared_.push_back(std::make_unique<SharedMemory>(config.dynamic_shared_bytes));
-        order_.resize(config.grid.count());
+        order_.resize(config.grid.count() / config.cluster);
         for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = static_cast<unsigned>(i);
         for (std::size_t i = order_.size(); i > 1; --i) std::swap(order_[i - 1], order_[random_.below(i)]);
     }
@@ -88,9 +94,11 @@ public:
     }
     void start_async(std::function<void()> effect) { current_->block->deferred.push_back(std::move(effect)); }
     void note_read_only(const void* address, std::size_t bytes);
+    bool is_local(const void* address) const { return stacks_.contains(address); }
 
 private:
-    void admit(std::size_t slot);
+    void admit(std::size_t first_slot);
+    void admit_block(Cluster& cluster, unsigned linear, std::size_t slot);
     void finish(Block& block);
     void demote(Warp& warp);
     Thread* pick_ready();
@@ -106,9 +114,10 @@ private:
     unsigned resident_;
     StackPool& stacks_;
     std::vector<std::unique_ptr<SharedMemory>> shared_;
-    std::vector<unsigned> order_;  // blocks in order of admission
+    std::vector<unsigned> order_;  // clusters in order of admission
     std::size_t admitted_ = 0;
     std::vector<std::unique_ptr<Block>> blocks_;
+    std::vector<std::unique_ptr<Cluster>> clusters_;
     ExecutionContext scheduler_;
     Thread* current_ = nullptr;
     Warp* favourite_ = nullptr;  // the ready warp of highest priority, if known
@@ -168,16 +177,32 @@ void Launch::thread_main() {
         stop(FaultKind::KernelException, describe_thread(*current_) + " threw");
     }
     Thread& thread = *current_;
+    finish_bulk_stores(thread);
+    finish_wgmma(thread);
     thread.state = ThreadState::Exited;
     --thread.block->live;
+    cluster_thread_exited(thread);
     note_progress();
     for (;;) suspend();
 }
 
-void Launch::admit(std::size_t slot) {
+// Admits the next cluster to the slots from `first_slot` on.
+void Launch::admit(std::size_t first_slot) {
     const unsigned linear = order_[admitted_++];
+    auto cluster = std::make_unique<Cluster>();
+    cluster->running = config_.cluster;
+    cluster->live = config_.cluster * config_.block.count();
+    for (unsigned rank = 0; rank < config_.cluster; ++rank)
+        admit_block(*cluster, linear * config_.cluster + rank, first_slot + rank);
+    clusters_.push_back(std::move(cluster));
+}
+
+void Launch::admit_block(Cluster& cluster, unsigned linear, std::size_t slot) {
     auto block = std::make_unique<Block>();
     block->slot = slot;
+    block->cluster = &cluster;
+    block->rank = static_cast<unsigned>(cluster.blocks.size());
+    cluster.blocks.push_back(block.get());
     block->position = {linear % config_.grid.x, linear / config_.grid.x % config_.grid.y,
                        linear / config_.grid.x / config_.grid.y};
     block->shared = shared_[slot].get();
@@ -186,6 +211,7 @@ void Launch::admit(std::size_t slot) {
     block->live = count;
     block->threads.resize(count);
     block->warps.resize((count + kWarpSize - 1) / kWarpSize);
+    block->warpgroups.resize(count / (4 * kWarpSize));
     for (unsigned i = 0; i < count; ++i) {
         Thread& thread = block->threads[i];
         Warp& warp = block->warps[i / kWarpSize];
@@ -219,6 +245,10 @@ void Launch::finish(Block& block) {
                                                 std::to_string(*address) + " (dynamic region: " +
                                                 std::to_string(kSharedBase) + " to " +
                                                 std::to_string(kSharedBase + config_.dynamic_shared_bytes) + ")");
+    if (block.launched_dependents && !block.waited_for_grids)
+        throw Fault(FaultKind::InvalidArgument,
+                    "in '" + config_.name + "': griddepcontrol.launch_dependents without griddepcontrol.wait: a grid could start "
+                    "before the grid before this one has finished");
 }
 
 // A change point: this warp now yields to all others until they are stuck or demoted themselves.
@@ -317,7 +347,7 @@ void Launch::note_read_only(const void* address, std::size_t bytes) {
 
 LaunchStats Launch::run() {
     SegmentationFaultHandler handler;
-    for (unsigned slot = 0; slot < resident_; ++slot) admit(slot);
+    for (unsigned slot = 0; slot < resident_; slot += config_.cluster) admit(slot);
     while (!blocks_.empty()) {
         Thread* thread = nullptr;
         if (random_.one_in(16)) thread = pick_polling();
@@ -336,8 +366,11 @@ LaunchStats Launch::run() {
         if (block.live == 0) {
             finish(block);
             favourite_ = nullptr;
-            const std::size_t slot = block.slot;
-            std::erase_if(blocks_, [&](const auto& candidate) { return candidate.get() == &block; });
+            Cluster* cluster = block.cluster;
+            if (--cluster->running != 0) continue;
+            const std::size_t slot = cluster->blocks.front()->slot;
+            std::erase_if(blocks_, [&](const auto& candidate) { return candidate->cluster == cluster; });
+            std::erase_if(clusters_, [&](const auto& candidate) { return candidate.get() == cluster; });
             if (admitted_ < order_.size()) admit(slot);
         }
     }
@@ -399,6 +432,7 @@ void start_async(std::function<void()> effect) {
 }
 
 void note_read_only(const void* address, std::size_t bytes) { active->note_read_only(address, bytes); }
+bool is_local(const void* address) { return active->is_local(address); }
 
 LaunchStats launch(const LaunchConfig& config, const std::function<void()>& body) {
     if (active != nullptr) throw Fault(FaultKind::InvalidArgument, "a launch inside a kernel");
@@ -409,6 +443,9 @@ LaunchStats launch(const LaunchConfig& config, const std::function<void()>& body
     if (threads == 0 || threads > kMaxThreadsPerBlock)
         fail(std::to_string(threads) + " threads in a block; 1 to 1024 are possible");
     if (config.grid.count() == 0) fail("the grid is empty");
+    if (config.cluster == 0 || config.cluster > kMaxClusterBlocks || config.grid.x % config.cluster != 0)
+        fail("clusters of " + std::to_string(config.cluster) + " blocks in a grid of " + std::to_string(config.grid.x) +
+             " along x; 1 to 8 blocks that divide the grid are possible");
     if (config.resident_blocks == 0) fail("resident_blocks is 0; at least one block must be in flight");
     if (config.dynamic_shared_bytes > kMaxSharedBytes)
         fail(std::to_string(config.dynamic_shared_bytes) + " bytes of shared memory; at most 232448 are possible");

@@ -28,12 +28,13 @@ struct LaunchConfig {
     std::string name = "kernel";
     dim3 grid;
     dim3 block;
+    unsigned cluster = 1;  // blocks of a cluster, along x
     std::size_t dynamic_shared_bytes = 0;
     Completion completion = Completion::Lazy;
     // Seed of the scheduler. Warps run by random priority with random demotions (probabilistic concurrency testing,
     // Burckhardt et al., ASPLOS 2010), so that each seed starves some warps; lanes run in random order.
     std::uint64_t seed = 1;
-    // Blocks in flight at once. Kernels whose blocks wait for each other need all of the grid.
+    // Blocks in flight at once, rounded up to whole clusters. Kernels whose blocks wait for each other need all of the grid.
     unsigned resident_blocks = 2;
 };
 

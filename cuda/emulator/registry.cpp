@@ -15,8 +15,8 @@ std::vector<Kernel>& kernels() {
 }  // namespace
 
 KernelRegistration::KernelRegistration(const char* name, std::size_t params_bytes, unsigned max_threads,
-                                       KernelBody body) {
-    kernels().push_back({name, params_bytes, max_threads, body});
+                                       unsigned cluster, KernelBody body) {
+    kernels().push_back({name, params_bytes, max_threads, cluster, body});
 }
 
 const Kernel* find_kernel(const char* name) {

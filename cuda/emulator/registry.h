@@ -11,12 +11,13 @@ struct Kernel {
     const char* name;
     std::size_t params_bytes;
     unsigned max_threads;
+    unsigned cluster;  // blocks of a cluster
     KernelBody body;
 };
 
 // Adds a kernel at program start; see LONGHAUL_KERNEL.
 struct KernelRegistration {
-    KernelRegistration(const char* name, std::size_t params_bytes, unsigned max_threads, KernelBody body);
+    KernelRegistration(const char* name, std::size_t params_bytes, unsigned max_threads, unsigned cluster, KernelBody body);
 };
 
 // nullptr when there is no such kernel.

@@ -29,11 +29,14 @@ inline constexpr unsigned kNamedBarriers = 16;
 
 struct Block;
 struct Warp;
+struct WgmmaQueue;  // wgmma.cpp
 
 // What a blocked thread waits for; only used to report deadlocks.
 struct Wait {
-    enum class Kind { None, BlockBarrier, WarpCollective, MemoryBarrier, Polling } kind = Kind::None;
-    std::uint64_t id = 0;         // barrier number, warp mask, or shared address of an mbarrier
+    enum class Kind {
+        None, BlockBarrier, WarpCollective, MemoryBarrier, Polling, ClusterBarrier, Warpgroup,
+    } kind = Kind::None;
+    std::uint64_t id = 0;         // barrier number, warp mask, shared address of an mbarrier, or number of a warpgroup
     std::uint32_t parity = 0;     // phase parity awaited (mbarrier)
     const char* operation = "";   // instruction
     std::source_location where{};
@@ -49,6 +52,14 @@ struct AsyncCopy {
     void apply() const;
 };
 
+// One bulk store from shared to global memory. Reading the source and writing the destination are two steps.
+struct BulkStore {
+    std::function<std::vector<unsigned char>()> read;
+    std::function<void(const std::vector<unsigned char>&)> write;
+    std::vector<unsigned char> data;
+    bool was_read = false;
+};
+
 struct Thread {
     ExecutionContext context;
     Block* block = nullptr;
@@ -59,6 +70,10 @@ struct Thread {
     Wait wait;
     std::vector<AsyncCopy> open_copies;                   // issued, not committed
     std::deque<std::vector<AsyncCopy>> committed_copies;  // groups, oldest first
+    std::vector<BulkStore> open_stores;                   // as above, for bulk stores
+    std::deque<std::vector<BulkStore>> committed_stores;
+    bool at_cluster_barrier = false;                      // arrived at barrier.cluster and has not waited yet
+    bool cluster_phase_done = false;                      // and all others have arrived too
     const void* polled_address = nullptr;                 // last synchronising load, to recognise spinning
     std::uint64_t polled_value = 0;
     unsigned lane() const { return index % kWarpSize; }
@@ -81,6 +96,16 @@ struct Warp {
     std::uint32_t polling = 0;  // lanes that spin on memory
     std::uint64_t priority = 0;
     std::vector<WarpExchange> exchanges;  // collectives some lanes of which have arrived
+    std::shared_ptr<WgmmaQueue> wgmma;    // of warps that use it
+};
+
+// What the four warps of a warpgroup must execute alike (wgmma, setmaxnreg), in order.
+struct Warpgroup {
+    std::deque<std::string> log;     // from instruction `first` on, until all warps have executed it
+    std::uint64_t first = 0;
+    std::uint64_t issued[4] = {};    // instructions executed by each warp
+    unsigned registers = 0;          // of a thread, as the last setmaxnreg demanded; 0 before
+    std::vector<Thread*> waiting;    // for other warps, or for registers
 };
 
 struct BlockBarrier {
@@ -89,16 +114,28 @@ struct BlockBarrier {
     std::vector<Thread*> waiting;
 };
 
+struct Cluster {
+    std::vector<Block*> blocks;  // by rank; blocks stay until all have exited
+    unsigned running = 0;        // blocks that have not exited
+    unsigned live = 0;           // threads that have not exited
+    unsigned arrived = 0;        // live threads at barrier.cluster
+    std::vector<Thread*> waiting;
+};
+
 struct Block {
     std::size_t slot = 0;  // which resident slot (stacks, shared memory) it occupies
     uint3 position;
+    Cluster* cluster = nullptr;
+    unsigned rank = 0;  // in the cluster
     std::vector<Thread> threads;
     std::vector<Warp> warps;
+    std::vector<Warpgroup> warpgroups;  // complete ones
     unsigned live = 0;
     BlockBarrier barriers[kNamedBarriers];
     std::unordered_map<std::uint32_t, std::vector<Thread*>> mbarrier_waiters;  // by shared address
     std::vector<std::function<void()>> deferred;                               // asynchronous effects not yet applied
     SharedMemory* shared = nullptr;
+    bool launched_dependents = false, waited_for_grids = false;  // griddepcontrol
 };
 
 // The running thread. Only inside a kernel.
@@ -130,6 +167,15 @@ void full_warp_collective(const char* operation, const void* in, void* out, void
 
 // Barrier `id` of the block with `count` threads. `sync` waits; otherwise the thread only arrives.
 void block_barrier(unsigned id, unsigned count, bool sync, const char* operation, const std::source_location& where);
+
+// Counts that the running thread's warp, all of whose lanes are here, executes a warpgroup instruction; `signature` tells
+// instructions apart. Returns its number. The four warps must execute the same ones in the same order.
+std::uint64_t warpgroup_issue(const char* operation, const std::string& signature);
+// Suspends the running thread until all four warps have executed instruction `number`.
+void warpgroup_await(std::uint64_t number, const char* operation);
+Warpgroup& this_warpgroup(const char* operation);
+// Whether an address lies on a fiber's stack: a local variable of a thread.
+bool is_local(const void* address);
 
 // Remembers bytes read through the non-coherent path, to verify at the end that nobody changed them.
 void note_read_only(const void* address, std::size_t bytes);

@@ -30,6 +30,7 @@ void SharedMemory::reset() {
         fill_red_zone(window_.data() + object.offset, window_.data() + object.offset + object.bytes);
     objects_.assign(1, Object{nullptr, kSharedBase, dynamic_bytes_});
     std::memset(dynamic(), kPoisonByte, dynamic_bytes_);
+    async_view_.clear();
 }
 
 unsigned char* SharedMemory::static_array(const void* key, std::size_t bytes, std::size_t alignment) {
@@ -47,7 +48,31 @@ unsigned char* SharedMemory::static_array(const void* key, std::size_t bytes, st
                                               " dynamic bytes (limits: 48 KiB static, 227 KiB in all)");
     objects_.push_back({key, offset, bytes});
     std::memset(window_.data() + offset, kPoisonByte, bytes);
+    if (!async_view_.empty()) std::memset(async_view_.data() + offset, kPoisonByte, bytes);
     return window_.data() + offset;
+}
+
+unsigned char* SharedMemory::async_view() {
+    if (async_view_.empty()) async_view_.assign(window_.bytes(), kPoisonByte);
+    return async_view_.data();
+}
+
+void SharedMemory::publish() {
+    auto* view = async_view();
+    for (const auto& object : objects_) std::memcpy(view + object.offset, window_.data() + object.offset, object.bytes);
+}
+
+const unsigned char* SharedMemory::resolve_async(std::uint32_t address, std::size_t bytes) {
+    return resolve(address, bytes) != nullptr ? async_view() + address : nullptr;
+}
+
+void SharedMemory::write_async(std::uint32_t address, const void* source, std::size_t bytes) {
+    for (auto* view : {window_.data(), async_view()}) {
+        if (source != nullptr)
+            std::memcpy(view + address, source, bytes);
+        else
+            std::memset(view + address, kPoisonByte, bytes);
+    }
 }
 
 bool SharedMemory::contains(const void* address) const {

@@ -1,6 +1,9 @@
 // Shared memory of one resident block: the dynamic region, static arrays, red zones, and 32-bit shared addresses.
 //
 // Shared addresses start at 1024, as on hardware that keeps the first KiB for itself, so 0 is never valid.
+//
+// The asynchronous proxy (wgmma operands, bulk stores) has its own view of the contents: ordinary writes reach it only
+// when a thread of the block executes fence.proxy.async, writes of asynchronous copies reach both at once.
 #pragma once
 
 #include <cstddef>
@@ -35,14 +38,23 @@ public:
     std::optional<std::uint32_t> damage() const;
     bool near(const void* address) const { return window_.near(address); }
 
+    // fence.proxy.async: what has been written until now reaches the asynchronous view.
+    void publish();
+    // As resolve, in the asynchronous view.
+    const unsigned char* resolve_async(std::uint32_t address, std::size_t bytes);
+    // Writes of the asynchronous proxy; [address, address + bytes) must resolve. No source: poison.
+    void write_async(std::uint32_t address, const void* source, std::size_t bytes);
+
 private:
+    unsigned char* async_view();
     struct Object {
         const void* key;
         std::size_t offset, bytes;
     };
     GuardedRegion window_;
     std::size_t dynamic_bytes_;
-    std::vector<Object> objects_;  // in address order, never overlapping
+    std::vector<Object> objects_;           // in address order, never overlapping
+    std::vector<unsigned char> async_view_;  // of the whole window; empty until something needs it
 };
 
 // The same operations on the running thread's block, raising faults that name `instruction`.

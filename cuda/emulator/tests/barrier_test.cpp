@@ -1,6 +1,6 @@
 // mbarriers, bulk copies, and synchronising accesses between blocks.
 #include "../../ptx/bulk_copy.h"
-#include "../../ptx/synchronising_access.h"
+#include "../../ptx/system_access.h"
 #include "harness.h"
 
 using emulator::Completion;
@@ -213,6 +213,36 @@ TEST(the_last_block_sees_all_partial_results) {
         CHECK(total.read()[0] == 28.0f);
         const auto n = counters.read();
         CHECK(n[0] == 7 && n[1] == 224 && n[2] == 448);
+    });
+}
+
+TEST(blocks_exchange_vectors_and_locks_of_system_scope) {
+    LaunchConfig config;
+    config.grid = dim3(4);
+    config.block = dim3(1);
+    config.resident_blocks = 4;
+    under_all_schedules(config, [](const LaunchConfig& config) {
+        const std::vector<std::uint32_t> zeros(16, 0);
+        DeviceArray<std::uint32_t> words("words", zeros), lock("lock", std::vector<std::uint32_t>{0, 0, 0}), out("out", zeros);
+        emulator::launch(config, [w = words.data(), l = lock.data(), o = out.data()] {
+            const unsigned b = blockIdx.x;
+            // Each word doubles as its own flag.
+            ptx::st_relaxed_sys_v4(w + 4 * b, make_uint4(b + 1, b + 2, b + 3, b + 4));
+            const unsigned from = (b + 1) % 4;
+            uint4 v = ptx::ld_relaxed_sys_v4(w + 4 * from);
+            while (v.x == 0 || v.y == 0 || v.z == 0 || v.w == 0) v = ptx::ld_relaxed_sys_v4(w + 4 * from);
+            o[4 * b] = v.x, o[4 * b + 1] = v.y, o[4 * b + 2] = v.z, o[4 * b + 3] = v.w;
+            // A lock around a plain counter, taken once by exchange and once by compare and swap.
+            while (ptx::atom_exch_acq_rel_sys(l, 1) != 0) emulator::poll({emulator::Wait::Kind::Polling, 0, 0, "lock", {}});
+            ptx::st_relaxed_sys(l + 1, ptx::ld_relaxed_sys(l + 1) + 1);
+            ptx::st_release_sys(l, 0);
+            while (ptx::atom_cas_acq_rel_gpu(l, 0, 2) != 0) emulator::poll({emulator::Wait::Kind::Polling, 0, 0, "lock", {}});
+            ptx::st_relaxed_sys(l + 2, ptx::ld_relaxed_sys(l + 2) + b);
+            ptx::st_release_sys(l, 0);
+        });
+        const auto result = out.read(), locks = lock.read();
+        for (unsigned i = 0; i < 16; ++i) CHECK(result[i] == (i / 4 + 1) % 4 + 1 + i % 4);
+        CHECK(locks[1] == 4 && locks[2] == 0 + 1 + 2 + 3);
     });
 }
 

@@ -124,6 +124,17 @@ TEST(conversions_round_to_the_nearest_even_value) {
 TEST(packed_conversions_put_the_first_operand_low) {
     CHECK(ptx::cvt_bf16x2(1.0f, -2.0f) == 0xc0003f80u);
     CHECK(ptx::cvt_e4m3x2(1.0f, -448.0f) == 0xfe38u);
+    CHECK(ptx::cvt_f16x2(1.0f, -2.0f) == 0xc0003c00u);
+}
+
+TEST(every_e4m3_is_a_half) {
+    for (std::uint32_t code = 0; code < 0x100; ++code) {
+        const std::uint32_t pair = ptx::cvt_f16x2_e4m3x2(static_cast<std::uint16_t>(code << 8 | 0x38));
+        CHECK((pair & 0xffff) == 0x3c00);
+        const float exact = emulator::e4m3_to_float(static_cast<std::uint8_t>(code));
+        const float half = emulator::half_to_float(static_cast<std::uint16_t>(pair >> 16));
+        CHECK(std::isnan(exact) ? std::isnan(half) : half == exact);
+    }
 }
 
 TEST(ldmatrix_hands_out_rows_and_columns) {

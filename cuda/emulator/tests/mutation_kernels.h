@@ -172,14 +172,21 @@ inline void handover(Handover bug, float* out) {
 }
 
 // Split-K: each block writes a partial sum, the last one to finish adds them up.
-enum class SplitK { Right, WrongLast, WaitForAll, ReadOnlyPartials };
+enum class SplitK { Right, WrongLast, WaitForAll, ReadOnlyPartials, EarlyCount, PlainCount };
 
 inline void split_k(SplitK bug, const float* in, float* partial, uint32_t* counter, float* out) {
     if (threadIdx.x != 0) return;
     const unsigned b = blockIdx.x, blocks = gridDim.x;
     if (bug == SplitK::ReadOnlyPartials) ptx::ld_global_nc_u32(counter);
+    uint32_t before = 0;
+    if (bug == SplitK::EarlyCount) before = ptx::atom_add_acq_rel_gpu(counter, 1);
     partial[b] = in[2 * b] + in[2 * b + 1];
-    const uint32_t before = ptx::atom_add_acq_rel_gpu(counter, 1);
+    if (bug == SplitK::PlainCount) {
+        before = ptx::ld_relaxed_gpu(counter);
+        ptx::st_relaxed_gpu(counter, before + 1);
+    } else if (bug != SplitK::EarlyCount) {
+        before = ptx::atom_add_acq_rel_gpu(counter, 1);
+    }
     if (bug == SplitK::WaitForAll) {
         while (ptx::ld_acquire_gpu(counter) != blocks + 1) {
         }
