@@ -1,4 +1,4 @@
-use longhaul_backend::Error as BackendError;
+use longhaul_backend::{CollectiveError, Error as BackendError};
 
 /// What the device or its driver can fail with.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -44,6 +44,9 @@ pub enum CudaError {
         /// The shapes in words.
         detail: String,
     },
+    /// Another rank failed or did not arrive.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
     /// Something that the device or this build cannot do.
     #[error("{0}")]
     Unsupported(String),
@@ -81,6 +84,7 @@ impl From<CudaError> for BackendError {
                 bytes,
             },
             CudaError::Shape { op, detail } => BackendError::Shape { op, detail },
+            CudaError::Collective(error) => BackendError::Collective(error),
             CudaError::Fatal { .. } => BackendError::DeviceLost(error.to_string()),
             other => BackendError::Device { op: "cuda", message: other.to_string() },
         }

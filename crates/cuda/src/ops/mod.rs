@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod comm;
 pub mod embedding;
 pub mod gemm;
 mod grouped;
@@ -18,6 +19,7 @@ pub(crate) fn kernels() -> impl Iterator<Item = &'static KernelInfo> {
     [
         activation::KERNELS,
         attention::KERNELS,
+        comm::KERNELS,
         embedding::KERNELS,
         gemm::KERNELS,
         grouped::KERNELS,
