@@ -47,6 +47,7 @@ impl Shape {
             layers: 2,
             query_heads: self.query_heads,
             kv_heads: self.kv_heads,
+            groups: HeadGroups::Even,
             head_dim: self.head_dim,
             block_size: self.block_size,
             // Some blocks belong to nobody: they stay poisoned.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::schedules;
-use longhaul_backend::{Backend, DType, KvLayout, SamplingRow, SequenceInputs, StepInputs};
+use longhaul_backend::{Backend, DType, HeadGroups, KvLayout, SamplingRow, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::{Cuda, Limits, Sizes, Variant};
@@ -52,6 +52,7 @@ impl Device {
             layers: spec.layers,
             query_heads: spec.query_heads,
             kv_heads: spec.kv_heads,
+            groups: HeadGroups::Even,
             head_dim: spec.head_dim,
             block_size,
             blocks,
