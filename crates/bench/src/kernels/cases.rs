@@ -1,6 +1,8 @@
 //! The shapes that are measured, with what each must read, write and compute.
 
-use longhaul_backend::{Chunking, DType, HeadGroups, KvLayout, RopeTables, SamplingRow, SequenceInputs, StepInputs};
+use longhaul_backend::{
+    Chunking, DType, HeadGroups, KvLayout, RopeTables, SamplingRow, SequenceInputs, StepInputs,
+};
 use longhaul_cuda::driver::Element;
 use longhaul_cuda::ops::{activation, attention, embedding, gemm, moe, norm, rope, sampling};
 use longhaul_cuda::{Context, CudaError, Result};
