@@ -1,4 +1,4 @@
-use crate::DType;
+use crate::{CollectiveError, DType};
 
 /// What a device can fail with. The request path never panics: every misuse is one of these.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,9 @@ pub enum Error {
     /// The device context is lost (illegal address, trap, uncorrectable memory error): only a new process can go on.
     #[error("{0}")]
     DeviceLost(String),
+    /// Another rank of the group failed, or did not arrive: only a new group can go on.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
     /// Logits of a row were NaN or infinite: the request must fail instead of returning noise.
     #[error("row {row}: logits are not finite")]
     NotFinite {

@@ -16,7 +16,7 @@ mod rope;
 mod sampling;
 mod step;
 
-pub use collective::{Collective, Single};
+pub use collective::{Collective, CollectiveError, Single, Values, ValuesMut, check_shares};
 pub use error::{Error, Result};
 pub use host::{DType, HostTensor};
 pub use kv::{HeadGroups, KvLayout};

@@ -280,7 +280,7 @@ impl Backend for Cpu {
         }
         let (rows, _) = dims("all_reduce", &x)?;
         let mut values = with_values("all_reduce", &x, |x| Ok(x.to_vec()))?;
-        self.group.all_reduce(&mut values)?;
+        self.group.all_reduce(values.as_mut_slice().into())?;
         from_rows("all_reduce", values, rows)
     }
 
