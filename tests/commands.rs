@@ -181,8 +181,85 @@ fn logits_writes_nothing_when_it_fails() {
 fn help_names_every_command() {
     let help = String::from_utf8(succeed(longhaul().arg("--help")).stdout).unwrap();
     for command in
-        ["ask", "bench", "chat", "detokenize", "generate", "logits", "models", "needle", "tokenize"]
+        ["ask", "bench", "chat", "detokenize", "generate", "logits", "models", "needle", "plan", "tokenize"]
     {
         assert!(help.contains(command), "{command} is not in --help");
     }
+}
+
+/// Every rank's field `name`, by plan.
+fn per_rank<'a>(plan: &'a Value, name: &'a str) -> impl Iterator<Item = u64> + 'a {
+    plan["ranks"].as_array().unwrap().iter().map(move |rank| rank[name].as_u64().unwrap())
+}
+
+#[test]
+fn plans_add_up_to_the_model() {
+    for (model, gpus, count, parameters) in
+        [("qwen2-57b-a14b", "8", 1, 57_408_658_944_u64), ("qwen2-72b", "1..16", 16, 72_706_203_648)]
+    {
+        let output = json_output(longhaul().args(["plan", "--json", "--model", model, "--gpus", gpus]));
+        assert_eq!(output["parameters"], json!(parameters));
+        assert_eq!(output["weight_bytes"], json!(2 * parameters));
+        let plans = output["plans"].as_array().unwrap();
+        assert_eq!(plans.len(), count);
+        for plan in plans {
+            let held: u64 = per_rank(plan, "parameters").sum();
+            assert_eq!(held - plan["replicated_parameters"].as_u64().unwrap(), parameters, "{model}");
+            assert_eq!(per_rank(plan, "weight_bytes").sum::<u64>(), 2 * held, "{model}");
+            assert_eq!(plan["ranks"].as_array().unwrap().len() as u64, plan["gpus"].as_u64().unwrap());
+        }
+    }
+    let table = succeed(longhaul().args(["plan", "--model", "qwen2-57b-a14b", "--gpus", "8"]));
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(table.contains("57,408,658,944 in the model"), "{table}");
+    assert_eq!(table.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit())).count(), 8);
+}
+
+#[test]
+fn plans_say_what_fits_into_the_memory() {
+    let run = |extra: &[&str]| {
+        let mut command = longhaul();
+        json_output(command.args(["plan", "--json", "--model", "qwen2-72b", "--gpus", "8"]).args(extra))
+    };
+    let whole = run(&["--gpu-memory", "80GiB"]);
+    let formats = whole["plans"][0]["formats"].as_array().unwrap();
+    let names: Vec<_> = formats.iter().map(|f| f["dtype"].as_str().unwrap()).collect();
+    assert_eq!(names, ["bfloat16", "fp8", "int4-g128"]);
+    for format in formats {
+        // 80 layers of one KV head of 128: 40,960 bytes of bfloat16 K and V a token and GPU.
+        let free = (80u64 << 30) * 92 / 100 - format["weight_bytes"].as_u64().unwrap();
+        let tokens = format["kv_tokens"].as_u64().unwrap();
+        assert!(tokens.abs_diff(free / 40_960) <= 1, "{format}");
+        assert_eq!((&format["fits"], &format["context"]), (&json!(true), &json!(131_072)));
+    }
+    let small = run(&["--gpu-memory", "16GiB"]);
+    let fits: Vec<_> =
+        small["plans"][0]["formats"].as_array().unwrap().iter().map(|f| f["fits"].clone()).collect();
+    assert_eq!(fits, [json!(false), json!(true), json!(true)]);
+    let mut command = longhaul();
+    command.args(["plan", "--model", "qwen2-72b", "--gpus", "8", "--gpu-memory", "16GiB"]);
+    let table = String::from_utf8(succeed(&mut command).stdout).unwrap();
+    assert!(table.contains("does not fit"), "{table}");
+}
+
+#[test]
+fn plans_deal_experts_and_refuse_what_cannot_be_dealt() {
+    let mut command = longhaul();
+    command.args(["plan", "--json", "--model", "qwen2-57b-a14b", "--gpus", "3", "--expert-parallel"]);
+    let plan = &json_output(&mut command)["plans"][0];
+    let experts: Vec<_> = plan["ranks"].as_array().unwrap().iter().map(|r| r["experts"].clone()).collect();
+    assert_eq!(
+        experts,
+        [(0, 21), (21, 42), (42, 64)].map(|(start, end)| json!({ "start": start, "end": end }))
+    );
+
+    let (code, message) =
+        fail(longhaul().args(["plan", "--model", "qwen2-7b", "--gpus", "2", "--expert-parallel"]));
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("no experts"), "{message}");
+    let (code, message) = fail(longhaul().args(["plan", "--model", "qwen2-7b", "--gpus", "0"]));
+    assert_eq!(code, 2, "{message}");
+    let (code, message) = fail(longhaul().args(["plan", "--model", "qwen2-8b", "--gpus", "2"]));
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("qwen2-7b"), "{message}");
 }

@@ -1,4 +1,22 @@
+use std::ops::Range;
+
 use crate::DType;
+
+/// How the query heads of a rank fall on its KV heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HeadGroups {
+    /// Every KV head serves equally many query heads.
+    #[default]
+    Even,
+    /// The rank holds a run of query heads that begins or ends inside a group of the model: local query head `h` reads KV head
+    /// `(h + skipped) / size`. Only with two KV heads or more, since a single one serves all heads in any case.
+    Cut {
+        /// Query heads of a whole group.
+        size: usize,
+        /// Query heads of the first group that other ranks hold.
+        skipped: usize,
+    },
+}
 
 /// Geometry of the paged KV pool of one rank. The device decides how a block is laid out inside.
 ///
@@ -11,6 +29,8 @@ pub struct KvLayout {
     pub query_heads: usize,
     /// KV heads of this rank.
     pub kv_heads: usize,
+    /// Which query heads read which KV head.
+    pub groups: HeadGroups,
     /// Elements of one head.
     pub head_dim: usize,
     /// Tokens of one block; divides the chunk length of Dual Chunk Attention.
@@ -37,8 +57,69 @@ impl KvLayout {
         tokens.div_ceil(self.block_size)
     }
 
-    /// Query heads that share one KV head.
+    /// Query heads that share one KV head, at most.
     pub fn group(&self) -> usize {
-        self.query_heads / self.kv_heads
+        match self.groups {
+            HeadGroups::Even => self.query_heads / self.kv_heads.max(1),
+            HeadGroups::Cut { size, .. } => size,
+        }
+    }
+
+    /// The query heads that read `kv_head`.
+    pub fn query_heads_of(&self, kv_head: usize) -> Range<usize> {
+        let (size, skipped) = match self.groups {
+            HeadGroups::Even => (self.group(), 0),
+            HeadGroups::Cut { size, skipped } => (size, skipped),
+        };
+        let start = (kv_head * size).saturating_sub(skipped);
+        let end = ((kv_head + 1) * size).saturating_sub(skipped);
+        start.min(self.query_heads)..end.min(self.query_heads)
+    }
+
+    /// Whether every query head reads a KV head that is there, and no KV head is idle. A rank may have neither.
+    pub fn is_consistent(&self) -> bool {
+        let reached = match self.groups {
+            HeadGroups::Even if self.kv_heads == 0 => self.query_heads == 0,
+            HeadGroups::Even => self.query_heads.is_multiple_of(self.kv_heads),
+            HeadGroups::Cut { size, skipped } => {
+                skipped < size && self.query_heads + skipped <= self.kv_heads * size
+            }
+        };
+        reached && (0..self.kv_heads).all(|kv_head| !self.query_heads_of(kv_head).is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(query_heads: usize, kv_heads: usize, groups: HeadGroups) -> KvLayout {
+        let dtype = DType::F32;
+        KvLayout { layers: 1, query_heads, kv_heads, groups, head_dim: 4, block_size: 16, blocks: 1, dtype }
+    }
+
+    #[test]
+    fn every_query_head_reads_one_kv_head() {
+        let cut = |size, skipped| HeadGroups::Cut { size, skipped };
+        let cases = [
+            (28, 4, HeadGroups::Even, vec![0..7, 7..14, 14..21, 21..28]),
+            (3, 1, HeadGroups::Even, vec![0..3]),
+            (0, 0, HeadGroups::Even, vec![]),
+            (10, 2, cut(7, 0), vec![0..7, 7..10]),
+            (9, 2, cut(7, 3), vec![0..4, 4..9]),
+            (18, 3, cut(8, 2), vec![0..6, 6..14, 14..18]),
+        ];
+        for (query_heads, kv_heads, groups, expected) in cases {
+            let layout = layout(query_heads, kv_heads, groups);
+            assert!(layout.is_consistent(), "{layout:?}");
+            let found: Vec<_> = (0..kv_heads).map(|k| layout.query_heads_of(k)).collect();
+            assert_eq!(found, expected, "{layout:?}");
+        }
+        let broken = [(10, 4, HeadGroups::Even), (3, 0, HeadGroups::Even), (0, 1, HeadGroups::Even)];
+        let cut_short = [(15, 2, cut(7, 0)), (7, 2, cut(7, 0)), (7, 2, cut(7, 7))];
+        for (query_heads, kv_heads, groups) in broken.into_iter().chain(cut_short) {
+            let layout = layout(query_heads, kv_heads, groups);
+            assert!(!layout.is_consistent(), "{layout:?}");
+        }
     }
 }

@@ -19,7 +19,7 @@ mod step;
 pub use collective::{Collective, CollectiveError, Single, Values, ValuesMut, check_shares};
 pub use error::{Error, Result};
 pub use host::{DType, HostTensor};
-pub use kv::KvLayout;
+pub use kv::{HeadGroups, KvLayout};
 pub use ops::{Backend, ExpertWeights, Linear, MoeWeights, SharedExpert};
 pub use rope::{Chunking, KeySegment, RopeTables};
 pub use sampling::{Sampled, SamplingRow, SeenToken, uniform};

@@ -113,12 +113,13 @@ impl StepInputs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
+    use crate::{DType, HeadGroups};
 
     const LAYOUT: KvLayout = KvLayout {
         layers: 1,
         query_heads: 2,
         kv_heads: 1,
+        groups: HeadGroups::Even,
         head_dim: 4,
         block_size: 16,
         blocks: 3,

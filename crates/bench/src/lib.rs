@@ -4,6 +4,7 @@
 mod bandwidth;
 pub mod kernels;
 mod latency;
+pub mod plan;
 
 pub use bandwidth::copy_bandwidth;
 pub use latency::{LatencyConfig, LatencyReport, Spread, latency};

@@ -1,5 +1,7 @@
 //! Arguments of every command.
 
+mod plan;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +9,8 @@ use longhaul_engine::{
     DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, EmulatedOptions, EngineError, Kernels, LoadFormat,
     Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
+
+pub use plan::{KvDType, PlanArgs, PlanDType};
 
 /// Serves the Qwen2 family with exact long context.
 #[derive(Debug, Parser)]
@@ -26,6 +30,7 @@ pub enum Command {
     Logits(LogitsArgs),
     Models(ModelsArgs),
     Needle(NeedleArgs),
+    Plan(PlanArgs),
     Tokenize(TokenizeArgs),
 }
 

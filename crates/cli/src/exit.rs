@@ -58,6 +58,9 @@ fn code(error: &anyhow::Error) -> u8 {
         if let Some(error) = cause.downcast_ref::<EngineError>() {
             return engine_code(error);
         }
+        if let Some(error) = cause.downcast_ref::<ModelError>() {
+            return model_code(error);
+        }
         if let Some(error) = cause.downcast_ref::<LongdocError>() {
             return match error {
                 LongdocError::Engine(error) => engine_code(error),
@@ -79,13 +82,25 @@ fn engine_code(error: &EngineError) -> u8 {
         EngineError::TooLong { .. } | EngineError::Text(_) => DATA,
         EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
         EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,
-        EngineError::Model(ModelError::Backend(error)) | EngineError::Backend(error) => match error {
-            BackendError::OutOfMemory { .. } => OS,
-            BackendError::DeviceLost(_) => DEVICE_LOST,
-            BackendError::Collective(_) => RESTART,
-            _ => SOFTWARE,
-        },
-        EngineError::Model(ModelError::Weights(_)) => NO_INPUT,
-        EngineError::Model(_) => CONFIG,
+        EngineError::Model(error) => model_code(error),
+        EngineError::Backend(error) => backend_code(error),
+    }
+}
+
+fn model_code(error: &ModelError) -> u8 {
+    match error {
+        ModelError::Shard(_) => USAGE,
+        ModelError::Weights(_) => NO_INPUT,
+        ModelError::Backend(error) => backend_code(error),
+        _ => CONFIG,
+    }
+}
+
+fn backend_code(error: &BackendError) -> u8 {
+    match error {
+        BackendError::OutOfMemory { .. } => OS,
+        BackendError::DeviceLost(_) => DEVICE_LOST,
+        BackendError::Collective(_) => RESTART,
+        _ => SOFTWARE,
     }
 }

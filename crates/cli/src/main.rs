@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(&args),
         Command::Models(args) => commands::models::run(&args),
         Command::Needle(args) => commands::needle::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
         Command::Tokenize(args) => commands::tokenize::tokenize(&args),
     };
     match result {

@@ -49,6 +49,20 @@ pub fn bytes(n: u64) -> String {
     if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
+/// Lines of equally many cells, the first column to the left, the others to the right.
+pub fn table(lines: &[Vec<String>]) -> io::Result<()> {
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |c: usize| lines.iter().filter_map(|l| l.get(c)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..columns).map(|c| width(c).unwrap_or(0)).collect();
+    for cells in lines {
+        let cells = cells.iter().zip(&widths).enumerate().map(|(c, (cell, &width))| {
+            if c == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+        });
+        line(cells.collect::<Vec<_>>().join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use longhaul_backend::{DType, KvLayout};
+use longhaul_backend::{DType, HeadGroups, KvLayout};
 
 use crate::driver::{DevicePtr, Driver, Element, Memory};
 use crate::{CudaError, Result};
@@ -69,6 +69,12 @@ impl KvCache {
         element: Element,
         scales: Option<&[f32]>,
     ) -> Result<Self> {
+        if layout.groups != HeadGroups::Even {
+            return Err(CudaError::Unsupported(format!(
+                "a rank whose {} query heads fall unevenly on {} KV heads; choose a world size that divides the heads",
+                layout.query_heads, layout.kv_heads
+            )));
+        }
         if let Some(scales) = scales
             && scales.len() != layout.layers * 2 * layout.kv_heads
         {

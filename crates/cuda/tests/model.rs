@@ -5,7 +5,7 @@ mod common;
 use std::path::Path;
 
 use common::{driver, open_choice, schedules};
-use longhaul_backend::{Backend, DType, KvLayout, SamplingRow, SequenceInputs, StepInputs};
+use longhaul_backend::{Backend, DType, HeadGroups, KvLayout, SamplingRow, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::{Cuda, Limits, Sizes};
@@ -50,6 +50,7 @@ impl Device {
             layers: spec.layers,
             query_heads: spec.query_heads,
             kv_heads: spec.kv_heads,
+            groups: HeadGroups::Even,
             head_dim: spec.head_dim,
             block_size,
             blocks,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use longhaul_backend::{DType, KvLayout};
+use longhaul_backend::{DType, HeadGroups, KvLayout};
 use longhaul_cpu::Cpu;
 use longhaul_cpu::simd::Isa;
 use longhaul_cuda::arena::Arena;
@@ -320,6 +320,7 @@ pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType
         layers: spec.layers,
         query_heads: spec.query_heads,
         kv_heads: spec.kv_heads,
+        groups: HeadGroups::Even,
         head_dim: spec.head_dim,
         block_size,
         blocks: positions.max_model_len.div_ceil(block_size),

@@ -25,6 +25,9 @@ pub enum ModelError {
     /// A context length or long-context mode that this model cannot serve.
     #[error("{0}")]
     Context(String),
+    /// A model that cannot be dealt over so many ranks, or not in that way.
+    #[error("{0}")]
+    Shard(String),
     /// A tensor could not be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),

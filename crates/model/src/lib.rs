@@ -1,4 +1,4 @@
-//! What a Qwen2 is: `config.json` to [`ModelSpec`], exact arithmetic, rotation tables, and the forward pass.
+//! What a Qwen2 is: `config.json` to [`ModelSpec`], exact arithmetic, rotation tables, the shard plan, and the forward pass.
 //!
 //! The forward pass ([`Model::forward`]) is written once over [`longhaul_backend::Backend`] and reads like the paper.
 //! Every checkpoint whose architecture is `Qwen2ForCausalLM` or `Qwen2MoeForCausalLM` runs; anything in a config that
@@ -15,11 +15,17 @@ mod fields;
 mod forward;
 mod manifest;
 mod positions;
+pub mod roofline;
 pub mod rope;
+pub mod shard;
 mod spec;
+mod weight_format;
 
 pub use error::{ModelError, Result};
 pub use family::{Family, family, family_names};
 pub use forward::Model;
+pub use manifest::{Mlp, Role};
 pub use positions::{LongContext, PositionProfile};
+pub use shard::{RankShard, ShardOptions, ShardPlan};
 pub use spec::{Architecture, DualChunkConfig, ModelSpec, MoeSpec, YarnConfig};
+pub use weight_format::WeightFormat;

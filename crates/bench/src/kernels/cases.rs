@@ -1,6 +1,8 @@
 //! The shapes that are measured, with what each must read, write and compute.
 
-use longhaul_backend::{Chunking, DType, KvLayout, RopeTables, SamplingRow, SequenceInputs, StepInputs};
+use longhaul_backend::{
+    Chunking, DType, HeadGroups, KvLayout, RopeTables, SamplingRow, SequenceInputs, StepInputs,
+};
 use longhaul_cuda::driver::Element;
 use longhaul_cuda::ops::{activation, attention, embedding, gemm, moe, norm, rope, sampling};
 use longhaul_cuda::{Context, CudaError, Result};
@@ -313,6 +315,7 @@ fn layout(spec: &ModelSpec, layers: usize, tokens: usize) -> KvLayout {
         layers,
         query_heads: spec.query_heads,
         kv_heads: spec.kv_heads,
+        groups: HeadGroups::Even,
         head_dim: spec.head_dim,
         block_size,
         blocks: tokens.div_ceil(block_size),

@@ -7,6 +7,7 @@ pub mod generate;
 pub mod logits;
 pub mod models;
 pub mod needle;
+pub mod plan;
 pub mod tokenize;
 
 use std::path::Path;

@@ -76,11 +76,11 @@ fn table(rows: &[Row]) -> Result<()> {
         "head_dim",
         "tied",
     ];
-    let mut lines = vec![head.map(String::from)];
+    let mut lines = vec![head.map(String::from).to_vec()];
     for row in rows {
         let s = &row.spec;
         let kv = s.kv_bytes_per_token(DType::BF16);
-        lines.push([
+        lines.push(vec![
             row.name.clone(),
             grouped(s.parameters()),
             grouped(s.non_embedding_parameters()),
@@ -94,13 +94,5 @@ fn table(rows: &[Row]) -> Result<()> {
             if s.tied_embeddings { "yes" } else { "no" }.into(),
         ]);
     }
-    let widths: Vec<usize> =
-        (0..head.len()).map(|c| lines.iter().map(|l| l[c].len()).max().unwrap_or(0)).collect();
-    for line in &lines {
-        let cells = line.iter().zip(&widths).enumerate().map(|(c, (cell, &width))| {
-            if c == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
-        });
-        output::line(cells.collect::<Vec<_>>().join("  ").trim_end())?;
-    }
-    Ok(())
+    Ok(output::table(&lines)?)
 }

@@ -1,6 +1,6 @@
 //! Against a float64 reference that computes every pair from its relative distance, and against published vectors.
 
-use longhaul_backend::{Chunking, DType, KvLayout, RopeTables, SequenceInputs, StepInputs};
+use longhaul_backend::{Chunking, DType, HeadGroups, KvLayout, RopeTables, SequenceInputs, StepInputs};
 
 use super::attention;
 use crate::kv::KvCache;
@@ -131,6 +131,7 @@ impl Case {
             layers: 2,
             query_heads: self.heads,
             kv_heads: self.kv_heads,
+            groups: HeadGroups::Even,
             head_dim: self.dim,
             block_size: self.block_size,
             blocks: blocks + 2,

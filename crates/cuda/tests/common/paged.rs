@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use longhaul_backend::{Chunking, DType, HostTensor, KvLayout, RopeTables, SequenceInputs, StepInputs};
+use longhaul_backend::{
+    Chunking, DType, HeadGroups, HostTensor, KvLayout, RopeTables, SequenceInputs, StepInputs,
+};
 use longhaul_cuda::driver::{Element, EmulatedOptions, Memory};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::ops::attention::attention;
@@ -49,6 +51,7 @@ impl Shape {
             layers: 2,
             query_heads: self.query_heads,
             kv_heads: self.kv_heads,
+            groups: HeadGroups::Even,
             head_dim: self.head_dim,
             block_size: self.block_size,
             // Some blocks belong to nobody: they stay poisoned.
