@@ -15,6 +15,8 @@ const UNAVAILABLE: u8 = 69;
 const SOFTWARE: u8 = 70;
 const OS: u8 = 71;
 const IO: u8 = 74;
+/// Another rank is lost: start all again.
+const RESTART: u8 = 75;
 /// The device is lost: start the process again, elsewhere if it happens twice.
 const DEVICE_LOST: u8 = 76;
 const CONFIG: u8 = 78;
@@ -79,6 +81,7 @@ fn engine_code(error: &EngineError) -> u8 {
         EngineError::Model(ModelError::Backend(error)) | EngineError::Backend(error) => match error {
             BackendError::OutOfMemory { .. } => OS,
             BackendError::DeviceLost(_) => DEVICE_LOST,
+            BackendError::Collective(_) => RESTART,
             _ => SOFTWARE,
         },
         EngineError::Model(ModelError::Weights(_)) => NO_INPUT,
