@@ -215,13 +215,14 @@ fn strangers_do_not_harm_the_group() {
     }
     std::thread::scope(|scope| {
         let (send, reports) = std::sync::mpsc::channel();
-        let led = scope.spawn(|| {
+        let (leader, identity) = (&leader, &identity);
+        let led = scope.spawn(move || {
             leader
-                .gather(&key(), &identity, PATIENT, &mut |e| send.send(e.to_string()).unwrap())
+                .gather(&key(), identity, PATIENT, &mut |e| send.send(e.to_string()).unwrap())
                 .map(|c| c.len())
         });
         let reports: Vec<String> = reports.iter().take(4).collect();
-        join(&address.to_string(), 1, &key(), &identity, PATIENT).unwrap();
+        join(&address.to_string(), 1, &key(), identity, PATIENT).unwrap();
         assert_eq!(led.join().unwrap().unwrap(), 1);
         let reports = reports.join("\n");
         for words in ["not a frame", "4294967295 bytes; at most 4096", "no greeting", "closed the connection"]
