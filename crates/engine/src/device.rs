@@ -236,7 +236,8 @@ impl Opened {
             Place::Cpu => place_on_cpu(options, spec, positions, source, progress),
             Place::Cuda(driver) | Place::Emulated(driver) => {
                 let setup = CudaSetup::new(options, spec, positions, emulated);
-                place_on_cuda(&self.name, driver, options, setup, spec, positions, source, progress)
+                let source = Source { spec, positions, tensors: source };
+                place_on_cuda(&self.name, driver, options, setup, &source, progress)
             }
         }
     }
@@ -352,22 +353,26 @@ fn cpu_dtype(precision: longhaul_cpu::Precision) -> DType {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
+/// A model's description and its weights, on the way to a device.
+struct Source<'a> {
+    spec: &'a ModelSpec,
+    positions: &'a PositionProfile,
+    tensors: &'a dyn TensorSource,
+}
+
 fn place_on_cuda(
     name: &str,
     driver: Arc<dyn Driver>,
     options: &DeviceOptions,
     setup: CudaSetup,
-    spec: &ModelSpec,
-    positions: &PositionProfile,
-    source: &dyn TensorSource,
+    source: &Source<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Placed> {
     let CudaSetup { element, layout, limits } = setup;
-    let cuda = Cuda::new(driver, variant(options.kernels), element, &sizes(spec), limits)
+    let cuda = Cuda::new(driver, variant(options.kernels), element, &sizes(source.spec), limits)
         .map_err(|e| cuda_error(name, e))?;
     let description = longhaul_cuda::describe(cuda.context());
-    let model = Model::load(cuda, spec, positions, source, progress)?;
+    let model = Model::load(cuda, source.spec, source.positions, source.tensors, progress)?;
     let runner = Box::new(CudaRunner::new(model, layout, !options.enforce_eager)?);
     Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
 }

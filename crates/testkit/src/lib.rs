@@ -10,6 +10,7 @@
 mod assert;
 mod checkpoint;
 mod config;
+mod fake_cuda;
 mod golden;
 mod safetensors_file;
 mod tokenizer;
@@ -17,6 +18,7 @@ mod tokenizer;
 pub use assert::{assert_close, max_relative_to_max};
 pub use checkpoint::{TinyCheckpoint, TinyModel};
 pub use config::{TinyConfig, TinyMoe};
+pub use fake_cuda::{FakeCuda, fake_cuda, with_fake_cuda};
 pub use golden::{Golden, golden_cases, goldens_dir};
 pub use safetensors_file::{TinyTensor, edit_header, encode_safetensors};
 pub use tokenizer::{CHAT_TEMPLATE, ENDOFTEXT, IM_END, IM_START, tokenizer_config_json, tokenizer_json};
