@@ -101,8 +101,10 @@ fn a_sequence_gives_the_same_tokens_alone_and_in_a_batch() {
     for name in ["dense-dca", "moe-shared", "dense-28-heads"] {
         let case = goldens_dir().join(name);
         let golden = Golden::load(&case);
+        // Lengths that differ by no multiple of a block, down to a ninth of the golden's.
+        let spacing = (golden.input_ids.len() / 9).max(1);
         let prompts: Vec<&[u32]> =
-            (0..8).map(|i| &golden.input_ids[..golden.input_ids.len() - 9 * i]).collect();
+            (0..8).map(|i| &golden.input_ids[..golden.input_ids.len() - spacing * i]).collect();
         let tokens = golden.input_ids.len() + 8;
         let options = EmulatedOptions { eager: false, seed: 7, ..EmulatedOptions::default() };
         let mut alone = Vec::new();
