@@ -10,9 +10,9 @@
 //
 // Derived: a unit is 16 KB of weights and 128 bytes of x a token (6 % more from L2 at 8 tokens, 12 % at 16). 4 stages of 17
 // to 20 KB (3 of 24 KB at 64 tokens), all but one in flight, 2 blocks a multiprocessor on sm_80 and sm_90: 96 KB of weights
-// in flight, where an H100 needs about 40 (3.35 TB/s, 1.5 us). A warp issues about 90 instructions a unit, so 360 where
-// streaming leaves 4 * 1100 slots: neither issue nor ldmatrix binds, and a kernel without mma for 1 to 4 rows has
-// nothing to gain.
+// in flight (64 KB at 64 tokens), where an H100 needs about 38 KB (3.35 TB/s for 1.5 us, of 132). At most 130 registers. A
+// warp issues about 130 instructions a unit (sm_90a, 8 tokens), so 520 of the 4500 slots that streaming a unit leaves:
+// neither issue nor ldmatrix binds, and a kernel without mma for 1 to 4 rows has nothing to gain.
 #include "../common/kernel.h"
 #include "skinny_tile.h"
 

@@ -67,6 +67,69 @@ fn every_row_count_and_shape_matches_float64() {
     }
 }
 
+/// Every count of rows up to beyond a wide tile, over shapes that are multiples of nothing, with the library's product and
+/// with the wide kernel above 64 rows.
+#[test]
+fn every_row_count_to_130_matches_float64() {
+    let schedules = schedules();
+    for rows in 1..=130 {
+        let options = schedules[rows % schedules.len()];
+        let variant = if rows % 3 == 0 { Variant::Auto } else { Variant::Mma };
+        let ctx = context(EmulatedOptions { multiprocessors: 3, ..options }, variant, Element::Bf16);
+        let out = if rows % 2 == 0 { Element::Bf16 } else { Element::F32 };
+        check(&ctx, rows, 67 + rows % 5, 75 + rows % 7, out);
+    }
+}
+
+/// The wide kernel: tiles that are full, one row or column over, and one short; k below, at and beyond its ring.
+#[test]
+fn the_wide_kernel_matches_float64_under_every_schedule() {
+    for options in schedules() {
+        let ctx = context(options, Variant::Mma, Element::Bf16);
+        for (rows, n, k) in [(65, 1, 1), (127, 129, 31), (128, 128, 128), (129, 127, 161), (300, 43, 33)] {
+            check(&ctx, rows, n, k, Element::Bf16);
+            check(&ctx, rows, n, k, Element::F32);
+        }
+    }
+}
+
+/// More tiles of rows than go through a tile of columns together.
+#[test]
+fn the_wide_kernel_orders_many_tiles() {
+    let ctx = context(EmulatedOptions::default(), Variant::Mma, Element::Bf16);
+    check(&ctx, 9 * 128 + 1, 130, 8, Element::F32);
+}
+
+/// A row's product has the same bits wherever it lies among many rows.
+#[test]
+fn a_row_of_the_wide_kernel_does_not_depend_on_the_others() {
+    let (n, k) = (133, 100);
+    let mut first: Option<Vec<f32>> = None;
+    for options in schedules() {
+        let ctx = context(options, Variant::Mma, Element::Bf16);
+        let all = case(&ctx, 200, n, k);
+        let values = ctx.tensor_to_f32(&all.x).unwrap();
+        for (from, rows) in [(0, 200), (3, 70), (0, 65)] {
+            let x = ctx.tensor_from_f32(&values[from * k..][..rows * k], rows, k, Element::Bf16).unwrap();
+            let out = linear(&ctx, &x, &all.weight, None, Element::F32).unwrap();
+            let row = ctx.tensor_to_f32(&out).unwrap()[(5 - from) * n..][..n].to_vec();
+            assert!(
+                *first.get_or_insert_with(|| row.clone()) == row,
+                "row 5 of {rows} from {from}, {options:?}"
+            );
+        }
+    }
+}
+
+/// The vocabularies' kind of n: large, prime, more tiles than blocks.
+#[test]
+fn a_vocabulary_that_nothing_divides() {
+    for (options, rows) in schedules().into_iter().zip([1, 3, 8, 17, 33, 66]) {
+        let ctx = context(options, Variant::Mma, Element::Bf16);
+        check(&ctx, rows, 4099, 24, Element::F32);
+    }
+}
+
 #[test]
 fn the_plain_kernels_match_float64() {
     for element in [Element::Bf16, Element::F32] {
@@ -85,7 +148,9 @@ fn every_schedule_and_partition_matches_float64() {
     for options in schedules() {
         for multiprocessors in [1, 3, 8] {
             let ctx = context(EmulatedOptions { multiprocessors, ..options }, Variant::Auto, Element::Bf16);
-            for (rows, n, k) in [(1, 64, 904), (5, 331, 130), (16, 130, 520), (33, 100, 264), (64, 72, 136)] {
+            for (rows, n, k) in
+                [(1, 64, 904), (5, 331, 130), (16, 130, 520), (33, 100, 264), (64, 72, 136), (2, 700, 72)]
+            {
                 check(&ctx, rows, n, k, Element::Bf16);
             }
         }
@@ -112,9 +177,12 @@ fn a_row_does_not_depend_on_the_batch() {
 
 #[test]
 fn the_gated_product_matches_float64() {
-    for (variant, element) in
-        [(Variant::Auto, Element::Bf16), (Variant::Plain, Element::Bf16), (Variant::Auto, Element::F32)]
-    {
+    for (variant, element) in [
+        (Variant::Auto, Element::Bf16),
+        (Variant::Mma, Element::Bf16),
+        (Variant::Plain, Element::Bf16),
+        (Variant::Auto, Element::F32),
+    ] {
         for options in schedules().into_iter().step_by(2) {
             let ctx = context(options, variant, element);
             for (rows, n, k) in

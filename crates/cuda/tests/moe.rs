@@ -31,6 +31,14 @@ fn scores(rows: usize, count: usize, kind: &str) -> Vec<f32> {
             "equal" => 0.25,
             // Everything goes to the last experts.
             "one" => (i % count) as f32,
+            // Half of the experts get nothing.
+            "even" => {
+                if i % count % 2 == 0 {
+                    4.0 + random.value()
+                } else {
+                    random.value()
+                }
+            }
             _ => unreachable!(),
         })
         .collect()
@@ -159,7 +167,7 @@ fn check(ctx: &Context, s: Shape) {
     }
 }
 
-const SHAPES: [Shape; 6] = [
+const SHAPES: [Shape; 11] = [
     Shape { count: 1, k: 1, intermediate: 8, hidden: 8, rows: 3, kind: "random" },
     Shape { count: 4, k: 2, intermediate: 40, hidden: 72, rows: 1, kind: "random" },
     Shape { count: 16, k: 4, intermediate: 33, hidden: 24, rows: 33, kind: "random" },
@@ -167,6 +175,19 @@ const SHAPES: [Shape; 6] = [
     // Most experts have no row, a few have all.
     Shape { count: 60, k: 4, intermediate: 24, hidden: 40, rows: 65, kind: "one" },
     Shape { count: 2, k: 1, intermediate: 72, hidden: 64, rows: 130, kind: "equal" },
+    // One expert takes all: more rows than its tile has.
+    Shape { count: 16, k: 1, intermediate: 24, hidden: 72, rows: 33, kind: "one" },
+    Shape { count: 5, k: 1, intermediate: 33, hidden: 40, rows: 65, kind: "one" },
+    // Tiles of 16, 32, 64 and 128 rows.
+    Shape { count: 8, k: 3, intermediate: 65, hidden: 96, rows: 33, kind: "even" },
+    Shape { count: 4, k: 2, intermediate: 40, hidden: 130, rows: 65, kind: "even" },
+    Shape { count: 3, k: 2, intermediate: 66, hidden: 131, rows: 200, kind: "random" },
+];
+
+/// k so long that it is summed in parts, in both products.
+const LONG: [Shape; 2] = [
+    Shape { count: 3, k: 2, intermediate: 648, hidden: 700, rows: 1, kind: "random" },
+    Shape { count: 2, k: 2, intermediate: 650, hidden: 712, rows: 9, kind: "random" },
 ];
 
 #[test]
@@ -187,24 +208,59 @@ fn mma_experts_match_float64_under_every_schedule() {
     }
 }
 
-/// A row's result has the same bits alone and among others, whatever tile its expert's rows fill.
+/// 2 multiprocessors have too many tiles to share them, 64 too few not to.
+#[test]
+fn parts_of_k_match_float64() {
+    for (options, multiprocessors) in schedules().into_iter().zip([2, 64].into_iter().cycle()) {
+        let ctx = context(EmulatedOptions { multiprocessors, ..options }, Variant::Auto, Element::Bf16);
+        LONG.into_iter().for_each(|s| check(&ctx, s));
+    }
+}
+
+/// A row's result has the same bits alone and among others, whatever tile of up to 64 rows its expert's rows fill, and
+/// whether blocks share its tiles.
 #[test]
 fn a_row_does_not_depend_on_the_batch() {
-    let (count, k, intermediate, hidden) = (4, 2, 40, 72);
+    for (count, intermediate, hidden) in [(4, 40, 72), (3, 24, 650)] {
+        let mut first: Option<Vec<f32>> = None;
+        for (options, multiprocessors) in schedules().into_iter().zip([8, 1].into_iter().cycle()) {
+            let ctx = context(EmulatedOptions { multiprocessors, ..options }, Variant::Auto, Element::Bf16);
+            let layer = layer(&ctx, count, intermediate, hidden);
+            let x = Random(9).exact(90 * hidden, Element::Bf16);
+            let values = scores(90, count, "random");
+            for rows in [1, 2, 20, 33, 90] {
+                let s = ctx.tensor_from_f32(&values[..rows * count], rows, count, Element::F32).unwrap();
+                let x = ctx.tensor_from_f32(&x[..rows * hidden], rows, hidden, Element::Bf16).unwrap();
+                let routing = route(&ctx, &s, 2, true).unwrap();
+                let routed = experts(&ctx, &x, &routing, &layer.weights).unwrap();
+                let out = combine(&ctx, &routed, &routing, None).unwrap();
+                let row = ctx.tensor_to_f32(&out).unwrap()[..hidden].to_vec();
+                assert!(*first.get_or_insert_with(|| row.clone()) == row, "{rows} rows, {options:?}");
+            }
+        }
+    }
+}
+
+/// The same beyond: in tiles of 128 rows.
+#[test]
+fn a_row_among_many_does_not_depend_on_the_others() {
+    let (count, intermediate, hidden) = (2, 40, 72);
     let mut first: Option<Vec<f32>> = None;
     for options in schedules() {
         let ctx = context(options, Variant::Auto, Element::Bf16);
         let layer = layer(&ctx, count, intermediate, hidden);
-        let x = Random(9).exact(130 * hidden, Element::Bf16);
-        let values = scores(130, count, "random");
-        for rows in [1, 2, 33, 130] {
-            let s = ctx.tensor_from_f32(&values[..rows * count], rows, count, Element::F32).unwrap();
-            let x = ctx.tensor_from_f32(&x[..rows * hidden], rows, hidden, Element::Bf16).unwrap();
-            let routing = route(&ctx, &s, k, true).unwrap();
+        let x = Random(9).exact(150 * hidden, Element::Bf16);
+        let values = scores(150, count, "random");
+        for (from, rows) in [(0, 150), (3, 100)] {
+            let s = &values[from * count..][..rows * count];
+            let s = ctx.tensor_from_f32(s, rows, count, Element::F32).unwrap();
+            let x = &x[from * hidden..][..rows * hidden];
+            let x = ctx.tensor_from_f32(x, rows, hidden, Element::Bf16).unwrap();
+            let routing = route(&ctx, &s, 2, true).unwrap();
             let routed = experts(&ctx, &x, &routing, &layer.weights).unwrap();
             let out = combine(&ctx, &routed, &routing, None).unwrap();
-            let row = ctx.tensor_to_f32(&out).unwrap()[..hidden].to_vec();
-            assert!(*first.get_or_insert_with(|| row.clone()) == row, "{rows} rows, {options:?}");
+            let row = ctx.tensor_to_f32(&out).unwrap()[(5 - from) * hidden..][..hidden].to_vec();
+            assert!(*first.get_or_insert_with(|| row.clone()) == row, "row 5 from {from}, {options:?}");
         }
     }
 }
