@@ -233,7 +233,9 @@ pub trait Driver: Send + Sync {
     /// A specification that breaks the rules of [`TensorMapSpec`], or a device without tensor maps.
     fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         let _ = spec;
-        Err(CudaError::Unsupported("this device has no tensor maps (they need compute capability 9.0)".into()))
+        Err(CudaError::Unsupported(
+            "this device has no tensor maps (they need compute capability 9.0)".into(),
+        ))
     }
 
     /// Bytes left free behind each tensor of the arena, to be checked by [`Driver::check_red_zone`]; 0 on a GPU.
