@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 /// Folders of `cuda/` that hold no kernels.
 const NOT_KERNELS: [&str; 3] = ["common", "emulator", "ptx"];
 
-/// Every kernel source: `cuda/<family>/<kernel>.cu`.
+/// Every kernel source: `cuda/<family>/<kernel>.cu`; those of `cuda/conformance` only with that feature.
 pub fn kernels(root: &Path) -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = std::fs::read_dir(root)
         .unwrap_or_else(|e| panic!("{}: {e}", root.display()))
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.is_dir() && !NOT_KERNELS.iter().any(|name| path.ends_with(name)))
+        .filter(|path| {
+            !path.ends_with("conformance") || std::env::var_os("CARGO_FEATURE_CONFORMANCE").is_some()
+        })
         .collect();
     folders.sort();
     folders.iter().flat_map(|folder| files(folder, "cu")).collect()

@@ -5,6 +5,8 @@
 
 pub mod arena;
 mod backend;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod context;
 pub mod driver;
 mod error;
@@ -36,8 +38,11 @@ mod tests {
     /// The registry and the device code agree on names and sizes of parameter blocks, in both directions.
     #[test]
     fn registry_and_device_code_agree() {
+        let mut ours = kernels();
+        #[cfg(feature = "conformance")]
+        ours.extend(conformance::KERNELS);
         let mut ours: Vec<(String, u64)> =
-            kernels().iter().map(|k| (k.name.to_owned(), k.params_bytes as u64)).collect();
+            ours.iter().map(|k| (k.name.to_owned(), k.params_bytes as u64)).collect();
         let mut theirs: Vec<(String, u64)> =
             Emulated::kernels().into_iter().map(|k| (k.name, k.params_bytes)).collect();
         ours.sort();

@@ -4,9 +4,12 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::Mutex;
 
+use bytemuck::Zeroable;
 use half::bf16;
 
-use super::{DeviceProperties, DevicePtr, Driver, Element, Gemm, Geometry, GraphId};
+use super::{
+    DeviceProperties, DevicePtr, Driver, Element, Gemm, Geometry, GraphId, TensorMap, TensorMapSpec,
+};
 use crate::{CudaError, Result};
 
 /// How the emulator schedules.
@@ -60,9 +63,21 @@ struct RawLaunch {
     resident_blocks: u32,
 }
 
+#[derive(Default)]
+#[repr(C)]
+struct RawTensor {
+    address: u64,
+    dims: [u64; 5],
+    strides: [u64; 5],
+    box_dims: [u32; 5],
+    rank: u32,
+    element_bytes: u32,
+    swizzle: u32,
+}
+
 #[cfg(longhaul_emulator)]
 mod library {
-    use super::{RawLaunch, c_char, c_int, c_void};
+    use super::{RawLaunch, RawTensor, c_char, c_int, c_void};
 
     // SAFETY: the signatures mirror cuda/emulator/interface.h.
     unsafe extern "C" {
@@ -73,6 +88,12 @@ mod library {
         ) -> c_int;
         pub fn longhaul_emulated_allocate(label: *const c_char, bytes: u64) -> *mut c_void;
         pub fn longhaul_emulated_free(memory: *mut c_void);
+        pub fn longhaul_emulated_tensor_map(
+            tensor: *const RawTensor,
+            words: *mut u64,
+            error: *mut c_char,
+            error_bytes: usize,
+        ) -> c_int;
         pub fn longhaul_emulated_kernel(
             index: usize,
             name: *mut *const c_char,
@@ -85,8 +106,16 @@ mod library {
 #[cfg(not(longhaul_emulator))]
 mod library {
     //! A build without a C++ compiler: [`super::Emulated::new`] fails, so nothing here is reached.
-    use super::{RawLaunch, c_char, c_int, c_void};
+    use super::{RawLaunch, RawTensor, c_char, c_int, c_void};
 
+    pub unsafe fn longhaul_emulated_tensor_map(
+        _: *const RawTensor,
+        _: *mut u64,
+        _: *mut c_char,
+        _: usize,
+    ) -> c_int {
+        1
+    }
     pub unsafe fn longhaul_emulated_launch_kernel(_: *const RawLaunch, _: *mut c_char, _: usize) -> c_int {
         1
     }
@@ -203,8 +232,8 @@ impl Emulated {
     }
 
     fn execute_launch(&self, kernel: &CStr, geometry: &Geometry, params: &[u8]) -> Result<()> {
-        // Parameter blocks hold 8-byte members.
-        let mut aligned = vec![0u64; params.len().div_ceil(8)];
+        // Parameter blocks may hold tensor maps, which are aligned to 64 bytes.
+        let mut aligned = vec![TensorMap::zeroed(); params.len().div_ceil(size_of::<TensorMap>())];
         bytemuck::cast_slice_mut(&mut aligned)[..params.len()].copy_from_slice(params);
         let blocks: u32 = geometry.grid.iter().product();
         let raw = RawLaunch {
@@ -313,6 +342,48 @@ impl Driver for Emulated {
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         self.submit(Work::Gemm(*gemm))
+    }
+
+    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
+        const CALL: &str = "tensor_map";
+        let rank = spec.dims.len();
+        if !(2..=5).contains(&rank) || spec.strides.len() + 1 != rank || spec.box_dims.len() != rank {
+            return Err(CudaError::shape(
+                CALL,
+                format!(
+                    "{rank} dimensions, {} strides, {} extents of the box; 2 to 5, one fewer, as many are possible",
+                    spec.strides.len(),
+                    spec.box_dims.len()
+                ),
+            ));
+        }
+        let mut raw = RawTensor {
+            address: spec.address.0,
+            rank: rank as u32,
+            element_bytes: spec.element.size() as u32,
+            swizzle: spec.swizzle.span(),
+            ..RawTensor::default()
+        };
+        raw.dims[..rank].copy_from_slice(spec.dims);
+        raw.strides[1..rank].copy_from_slice(spec.strides);
+        raw.box_dims[..rank].copy_from_slice(spec.box_dims);
+        let mut map = TensorMap::zeroed();
+        let mut message = vec![0 as c_char; 512];
+        // SAFETY: `raw` mirrors longhaul_emulated_tensor; the map has 16 words; the message is ended within its bytes.
+        let status = unsafe {
+            library::longhaul_emulated_tensor_map(
+                &raw,
+                map.0.as_mut_ptr(),
+                message.as_mut_ptr(),
+                message.len(),
+            )
+        };
+        if status == 0 {
+            return Ok(map);
+        }
+        // SAFETY: zero-terminated within the buffer, which was zeroed.
+        let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy().into_owned();
+        Err(CudaError::shape(CALL, message))
     }
 
     fn synchronise(&self) -> Result<()> {
@@ -446,6 +517,28 @@ mod tests {
         let error = driver.launch("no_such_kernel", Geometry::linear(1, 32), &[]).unwrap_err();
         assert!(error.to_string().contains("no_such_kernel"), "{error}");
         assert!(error.is_fatal());
+    }
+
+    #[test]
+    fn tensor_maps_follow_the_rules() {
+        use super::super::Swizzle;
+        let driver = Emulated::new(EmulatedOptions::default()).unwrap();
+        let spec = TensorMapSpec {
+            address: DevicePtr(4096),
+            element: Element::Bf16,
+            dims: &[128, 10],
+            strides: &[256],
+            box_dims: &[64, 8],
+            swizzle: Swizzle::Bytes128,
+        };
+        let map = driver.tensor_map(&spec).unwrap();
+        assert_ne!(map, driver.tensor_map(&TensorMapSpec { dims: &[128, 11], ..spec }).unwrap());
+        let message = |spec: &TensorMapSpec<'_>| driver.tensor_map(spec).unwrap_err().to_string();
+        assert!(message(&TensorMapSpec { box_dims: &[32, 8], ..spec }).contains("64 bytes wide"));
+        assert!(message(&TensorMapSpec { box_dims: &[64, 300], ..spec }).contains("300 elements"));
+        assert!(message(&TensorMapSpec { strides: &[250], ..spec }).contains("multiple of 16"));
+        assert!(message(&TensorMapSpec { strides: &[], ..spec }).contains("0 strides"));
+        assert!(message(&TensorMapSpec { address: DevicePtr(4104), ..spec }).contains("address"));
     }
 
     #[test]

@@ -6,17 +6,19 @@
 mod emulated;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod tensor_map;
 
 use std::fmt;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::Result;
+use crate::{CudaError, Result};
 
 pub use emulated::{Emulated, EmulatedOptions};
 #[cfg(feature = "cuda")]
 pub use gpu::Gpu;
+pub use tensor_map::{Swizzle, TensorMap, TensorMapSpec};
 
 /// An address in device memory.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Pod, Zeroable)]
@@ -237,6 +239,17 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// Those of `work`.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<f32>>;
+
+    /// Encodes a tensor map for the parameter block of a kernel (sm_90).
+    ///
+    /// # Errors
+    /// A specification that breaks the rules of [`TensorMapSpec`], or a device without tensor maps.
+    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
+        let _ = spec;
+        Err(CudaError::Unsupported(
+            "this device has no tensor maps (they need compute capability 9.0)".into(),
+        ))
+    }
 
     /// Bytes left free behind each tensor of the arena, to be checked by [`Driver::check_red_zone`]; 0 on a GPU.
     fn red_zone_bytes(&self) -> usize {
