@@ -72,6 +72,8 @@ pub fn add_rms_norm(
         eps,
     };
     let kernel = if x.element == Element::F32 { F32 } else { BF16 };
-    ctx.launch(&kernel, Geometry::linear(x.rows, THREADS), params)?;
+    // Eight columns a thread.
+    let threads = (x.cols.div_ceil(8) as u32).next_multiple_of(32).clamp(32, THREADS);
+    ctx.launch(&kernel, Geometry::linear(x.rows, threads), params)?;
     Ok((out, residual_out))
 }
