@@ -244,7 +244,9 @@ fn row<'a>(
         seed: sampling.seed,
         position,
         seen,
+        bias: &[],
         banned,
+        allowed: None,
     }
 }
 
