@@ -21,4 +21,27 @@ __device__ __forceinline__ Bf16 from_float<Bf16>(float value) {
     return __float2bfloat16(value);
 }
 
+// Eight neighbours as floats, moved in 16-byte units. The address is a multiple of 16.
+__device__ __forceinline__ void load_eight(const float* source, float (&values)[8]) {
+    const float4 low = reinterpret_cast<const float4*>(source)[0], high = reinterpret_cast<const float4*>(source)[1];
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+}
+__device__ __forceinline__ void load_eight(const Bf16* source, float (&values)[8]) {
+    alignas(16) Bf16 parts[8];
+    *reinterpret_cast<uint4*>(parts) = *reinterpret_cast<const uint4*>(source);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = to_float(parts[i]);
+}
+__device__ __forceinline__ void store_eight(float* destination, const float (&values)[8]) {
+    reinterpret_cast<float4*>(destination)[0] = make_float4(values[0], values[1], values[2], values[3]);
+    reinterpret_cast<float4*>(destination)[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+__device__ __forceinline__ void store_eight(Bf16* destination, const float (&values)[8]) {
+    alignas(16) Bf16 parts[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) parts[i] = from_float<Bf16>(values[i]);
+    *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(parts);
+}
+
 }  // namespace longhaul

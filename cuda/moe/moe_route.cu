@@ -1,128 +1,22 @@
-// Routing of a mixture of experts, one block for all rows of a step: softmax over all experts, top-k, counts, and the
-// permutation that brings an expert's rows together. Everything stays on the device; ranks are computed, never grabbed, so
-// the permutation is the same every time: by expert, then row, then slot.
-//
-// Source of the rule: Qwen2MoeSparseMoeBlock of transformers (softmax in f32 over all experts, then top-k).
-#include "../common/kernel.h"
-#include "../common/reduce.h"
-#include "moe.h"
+// Routing of up to kRouteRows rows in one launch of one block (route.h).
+#include "route.h"
 
 namespace longhaul {
 namespace {
 
-struct RouteParams {
-    const float* scores;  // [rows, scores_stride]
-    Routing routing;
-    uint32_t scores_stride;
-    uint32_t normalise;  // divide the chosen weights by their sum
-};
-
 constexpr uint32_t kThreads = 1024;
-constexpr uint32_t kMostExperts = 512;
-constexpr uint32_t kPerLane = kMostExperts / 32;
-
-// Top-k of one row by one warp: k rounds of the largest probability, the lower index on a tie.
-__device__ __forceinline__ void choose(const RouteParams& p, uint32_t row) {
-    const Routing& r = p.routing;
-    const uint32_t lane = threadIdx.x % 32;
-    const float* scores = p.scores + static_cast<uint64_t>(row) * p.scores_stride;
-    const float minus_infinity = __uint_as_float(0xff800000u);
-    float value[kPerLane], largest = minus_infinity;
-#pragma unroll
-    for (uint32_t i = 0; i < kPerLane; ++i) {
-        const uint32_t expert = i * 32 + lane;
-        value[i] = expert < r.experts ? scores[expert] : minus_infinity;
-        largest = Max{}(largest, value[i]);
-    }
-    largest = warp_reduce(largest, Max{});
-    float sum = 0.0f;
-#pragma unroll
-    for (uint32_t i = 0; i < kPerLane; ++i) {
-        value[i] = expf(value[i] - largest);
-        sum += value[i];
-    }
-    sum = warp_reduce(sum, Sum{});
-    float chosen_sum = 0.0f;
-    uint32_t* experts = r.slot_expert + static_cast<uint64_t>(row) * r.top_k;
-    float* weights = r.slot_weight + static_cast<uint64_t>(row) * r.top_k;
-    for (uint32_t slot = 0; slot < r.top_k; ++slot) {
-        float best = -1.0f;
-        uint32_t index = kMostExperts;
-#pragma unroll
-        for (uint32_t i = 0; i < kPerLane; ++i)
-            if (value[i] > best) {
-                best = value[i];
-                index = i * 32 + lane;
-            }
-#pragma unroll
-        for (uint32_t distance = 16; distance > 0; distance /= 2) {
-            const float other = __uint_as_float(ptx::shfl_bfly(kFullWarp, __float_as_uint(best), distance));
-            const uint32_t other_index = ptx::shfl_bfly(kFullWarp, index, distance);
-            if (other > best || (other == best && other_index < index)) {
-                best = other;
-                index = other_index;
-            }
-        }
-        // Scores that are not numbers choose nothing; any expert will do, the row's logits will not be finite anyway.
-        if (index >= r.experts) {
-            index = slot % r.experts;
-            best = __uint_as_float(0x7fffffffu);
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kPerLane; ++i)
-            if (index == i * 32 + lane) value[i] = -1.0f;
-        const float weight = best / sum;
-        chosen_sum += weight;
-        if (lane == 0) {
-            experts[slot] = index;
-            weights[slot] = weight;
-        }
-    }
-    __syncwarp();
-    if (p.normalise != 0 && lane < r.top_k) weights[lane] = weights[lane] / chosen_sum;
-}
 
 __device__ __forceinline__ void route(const RouteParams& p) {
     PTX_SHARED_ARRAY(uint32_t, counts, kMostExperts);
+    PTX_SHARED_ARRAY(uint32_t, sums, kMostExperts);
     const Routing& r = p.routing;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (uint32_t row = warp; row < r.rows; row += warps) choose(p, row);
+    const uint32_t warp = threadIdx.x / 32, warps = blockDim.x / 32, slots = r.rows * r.top_k;
+    for (uint32_t row = warp; row < r.rows; row += warps) choose_experts(p, row);
     __syncthreads();
-    // Each warp counts whole experts: the slots in order, 32 at a time.
-    const uint32_t slots = r.rows * r.top_k;
-    for (uint32_t expert = warp; expert < r.experts; expert += warps) {
-        uint32_t count = 0;
-        for (uint32_t base = 0; base < slots; base += 32) {
-            const bool mine = base + lane < slots && r.slot_expert[base + lane] == expert;
-            count += __popc(__ballot_sync(kFullWarp, mine));
-        }
-        if (lane == 0) counts[expert] = count;
-    }
+    count_slots(r, 0, slots, [&](uint32_t expert, uint32_t count) { counts[expert] = count; });
     __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t offset = 0;
-        for (uint32_t expert = 0; expert < r.experts; ++expert) {
-            r.offsets[expert] = offset;
-            offset += counts[expert];
-        }
-        r.offsets[r.experts] = offset;
-    }
-    __syncthreads();
-    for (uint32_t expert = warp; expert < r.experts; expert += warps) {
-        uint32_t offset = r.offsets[expert];
-        if (counts[expert] == 0) continue;
-        for (uint32_t base = 0; base < slots; base += 32) {
-            const uint32_t slot = base + lane;
-            const bool mine = slot < slots && r.slot_expert[slot] == expert;
-            const uint32_t ballot = __ballot_sync(kFullWarp, mine);
-            if (mine) {
-                const uint32_t at = offset + __popc(ballot & ((1u << lane) - 1));
-                r.permuted_slot[at] = slot;
-                r.slot_place[slot] = at;
-            }
-            offset += __popc(ballot);
-        }
-    }
+    offset_experts(r, sums, [&](uint32_t expert) { return counts[expert]; });
+    place_slots(r, 0, slots, [&](uint32_t expert) { return r.offsets[expert]; });
 }
 
 }  // namespace

@@ -14,6 +14,9 @@ pub enum Error {
     /// The step plan contradicts itself or the KV pool (row counts, block ids, lengths).
     #[error("step inputs: {0}")]
     Step(String),
+    /// KV blocks that cannot be copied, read or written as asked.
+    #[error("KV blocks: {0}")]
+    Blocks(String),
     /// A dtype that this device cannot hold or compute with.
     #[error("{op}: dtype {dtype} is not supported by this device")]
     UnsupportedDType {
@@ -52,6 +55,20 @@ pub enum Error {
     NotFinite {
         /// Index into the rows handed to `sample`.
         row: usize,
+    },
+    /// The rules of a row leave no token: all are banned or masked.
+    #[error("row {row}: no token is allowed")]
+    NothingAllowed {
+        /// Index into the rows handed to `sample`.
+        row: usize,
+    },
+    /// Sampling parameters that no device takes.
+    #[error("row {row}: {detail}")]
+    Sampling {
+        /// Index into the rows handed to `sample`.
+        row: usize,
+        /// What is wrong.
+        detail: String,
     },
 }
 

@@ -1,3 +1,7 @@
+use std::collections::HashSet;
+
+use crate::{Error, Result};
+
 /// A token that a sequence has already seen, for the penalties.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeenToken {
@@ -7,10 +11,13 @@ pub struct SeenToken {
     pub generated: u32,
 }
 
-/// How one row of logits is turned into a token.
+/// How one row of logits is turned into a token. The default is greedy without any rule.
 ///
-/// Order of the steps, as in transformers and vLLM: repetition penalty, presence and frequency penalty, temperature,
-/// top-k, top-p, min-p, draw. A temperature of 0 is greedy: the largest logit after penalties, lowest id on a tie.
+/// Order of the steps: repetition penalty, presence and frequency penalty, logit bias, banned ids, allowed ids, temperature,
+/// top-k, top-p, min-p, draw. Penalties, temperature, top-k and top-p come in the order of transformers; a bias is added
+/// behind the penalties, so that it is what was asked for whatever the sequence has seen. Scores saturate at the largest
+/// finite f32. A temperature of 0 is greedy: the largest score after all rules, lowest id on a tie. Ids beyond the vocabulary
+/// are ignored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingRow<'a> {
     /// 0 = greedy.
@@ -33,8 +40,71 @@ pub struct SamplingRow<'a> {
     pub position: u64,
     /// Distinct tokens of prompt and output.
     pub seen: &'a [SeenToken],
+    /// Added to the logits of distinct ids; finite.
+    pub bias: &'a [(u32, f32)],
     /// Token ids that must not be drawn.
     pub banned: &'a [u32],
+    /// The ids that may be drawn (a grammar's): bit `id % 32` of word `id / 32`; `None` = all.
+    pub allowed: Option<&'a [u32]>,
+}
+
+impl Default for SamplingRow<'_> {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            position: 0,
+            seen: &[],
+            bias: &[],
+            banned: &[],
+            allowed: None,
+        }
+    }
+}
+
+impl SamplingRow<'_> {
+    /// Whether a device may take the row for `vocab` logits; `index` names it in messages.
+    ///
+    /// # Errors
+    /// [`Error::Sampling`] for a bias that is not finite or names an id twice, and for too short a mask.
+    pub fn check(&self, vocab: usize, index: usize) -> Result<()> {
+        let error = |detail: String| Err(Error::Sampling { row: index, detail });
+        let mut ids = HashSet::with_capacity(self.bias.len());
+        for (id, bias) in self.bias {
+            if !bias.is_finite() {
+                return error(format!("the logit bias of token {id} is {bias}; it must be finite"));
+            }
+            if !ids.insert(id) {
+                return error(format!("the logit bias names token {id} twice"));
+            }
+        }
+        match self.allowed {
+            Some(words) if words.len() < vocab.div_ceil(32) => {
+                error(format!("a mask of {} words for {vocab} tokens; one bit a token", words.len()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What is subtracted from the logit of `seen` after the repetition penalty.
+    pub fn penalty(&self, seen: &SeenToken) -> f32 {
+        if seen.generated == 0 {
+            return 0.0;
+        }
+        self.presence_penalty + self.frequency_penalty * seen.generated as f32
+    }
+
+    /// Whether the mask lets `id` through.
+    pub fn allows(&self, id: u32) -> bool {
+        let word = |words: &[u32]| words.get(id as usize / 32).copied().unwrap_or(0);
+        self.allowed.is_none_or(|words| word(words) >> (id % 32) & 1 == 1)
+    }
 }
 
 /// One drawn token.
@@ -75,6 +145,29 @@ mod tests {
     #[test]
     fn philox_matches_the_known_answer() {
         assert_eq!(uniform(0, 0), (0x6627_e8d5u32 >> 8) as f32 / (1 << 24) as f32);
+    }
+
+    #[test]
+    fn what_no_device_takes_is_an_error() {
+        let bad = |row: SamplingRow<'_>, expected: &str| {
+            let message = row.check(70, 3).unwrap_err().to_string();
+            assert!(message.contains(expected) && message.contains("row 3"), "{message}");
+        };
+        bad(SamplingRow { bias: &[(1, f32::NAN)], ..SamplingRow::default() }, "finite");
+        bad(SamplingRow { bias: &[(1, 0.5), (2, 0.5), (1, 0.5)], ..SamplingRow::default() }, "token 1 twice");
+        bad(SamplingRow { allowed: Some(&[!0, !0]), ..SamplingRow::default() }, "2 words for 70");
+        SamplingRow { allowed: Some(&[0; 3]), bias: &[(900, 1.0)], ..SamplingRow::default() }
+            .check(70, 0)
+            .unwrap();
+    }
+
+    #[test]
+    fn a_mask_has_one_bit_a_token() {
+        let words = [1 << 5, 1 << 31];
+        let row = SamplingRow { allowed: Some(&words), ..SamplingRow::default() };
+        let allowed: Vec<u32> = (0..100).filter(|&id| row.allows(id)).collect();
+        assert_eq!(allowed, [5, 63]);
+        assert!(SamplingRow::default().allows(u32::MAX));
     }
 
     #[test]

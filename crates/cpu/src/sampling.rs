@@ -7,21 +7,36 @@ pub(crate) fn sample(logits: &[f32], row: &SamplingRow<'_>, index: usize) -> Res
     if logits.iter().any(|l| !l.is_finite()) {
         return Err(Error::NotFinite { row: index });
     }
-    let id = choose(logits, row);
+    row.check(logits.len(), index)?;
+    let id = choose(logits, row).ok_or(Error::NothingAllowed { row: index })?;
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
     let logit = logits.get(id as usize).copied().unwrap_or(f32::NEG_INFINITY);
     Ok(Sampled { id, logprob: (f64::from(logit - max) - sum.ln()) as f32 })
 }
 
-fn choose(logits: &[f32], row: &SamplingRow<'_>) -> u32 {
+/// The token that the rules of `row` draw; `None` when they allow none.
+fn choose(logits: &[f32], row: &SamplingRow<'_>) -> Option<u32> {
+    let scores = scores(logits, row);
+    let best = argmax(&scores);
+    if scores.get(best as usize).is_none_or(|score| *score == f32::NEG_INFINITY) {
+        return None;
+    }
+    Some(if row.temperature == 0.0 { best } else { draw(&scores, row) })
+}
+
+/// Logits after penalties, bias, banned ids and mask. Only ids that must not be drawn are infinite.
+fn scores(logits: &[f32], row: &SamplingRow<'_>) -> Vec<f32> {
     let mut scores = logits.to_vec();
     for seen in row.seen {
         let Some(score) = scores.get_mut(seen.id as usize) else { continue };
         // Hugging Face's rule: towards less likely, whatever the sign.
         *score = if *score > 0.0 { *score / row.repetition_penalty } else { *score * row.repetition_penalty };
-        if seen.generated > 0 {
-            *score -= row.presence_penalty + row.frequency_penalty * seen.generated as f32;
+        *score = (*score - row.penalty(seen)).clamp(f32::MIN, f32::MAX);
+    }
+    for (id, bias) in row.bias {
+        if let Some(score) = scores.get_mut(*id as usize) {
+            *score = (*score + bias).clamp(f32::MIN, f32::MAX);
         }
     }
     for &id in row.banned {
@@ -29,10 +44,14 @@ fn choose(logits: &[f32], row: &SamplingRow<'_>) -> u32 {
             *score = f32::NEG_INFINITY;
         }
     }
-    if row.temperature == 0.0 {
-        return argmax(&scores);
+    if row.allowed.is_some() {
+        for (id, score) in scores.iter_mut().enumerate() {
+            if !row.allows(id as u32) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
     }
-    draw(&scores, row)
+    scores
 }
 
 /// The largest score; the lowest id on a tie.
@@ -95,19 +114,7 @@ mod tests {
     use longhaul_backend::SeenToken;
 
     fn row() -> SamplingRow<'static> {
-        SamplingRow {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            seed: 7,
-            position: 0,
-            seen: &[],
-            banned: &[],
-        }
+        SamplingRow { temperature: 1.0, seed: 7, ..SamplingRow::default() }
     }
 
     fn frequencies(logits: &[f32], row: &SamplingRow) -> Vec<f64> {
@@ -159,15 +166,61 @@ mod tests {
     fn penalties_follow_the_published_rules() {
         let seen = [SeenToken { id: 0, generated: 2 }, SeenToken { id: 1, generated: 0 }];
         let greedy = SamplingRow { temperature: 0.0, seen: &seen, ..row() };
+        let pick = |logits: &[f32], row: &SamplingRow<'_>| choose(logits, row).unwrap();
         // Divided when positive, multiplied when negative; prompt tokens count for repetition only.
         let repetition = SamplingRow { repetition_penalty: 2.0, ..greedy.clone() };
-        assert_eq!(choose(&[3.0, 1.0, 1.6], &repetition), 2);
-        assert_eq!(choose(&[-1.0, -0.4, -1.5], &repetition), 1);
+        assert_eq!(pick(&[3.0, 1.0, 1.6], &repetition), 2);
+        assert_eq!(pick(&[-1.0, -0.4, -1.5], &repetition), 1);
         let presence = SamplingRow { presence_penalty: 1.0, ..greedy.clone() };
-        assert_eq!(choose(&[3.0, 2.5, 2.4], &presence), 1);
+        assert_eq!(pick(&[3.0, 2.5, 2.4], &presence), 1);
         let frequency = SamplingRow { frequency_penalty: 0.4, ..greedy };
-        assert_eq!(choose(&[3.0, 2.1, 2.15], &frequency), 0);
-        assert_eq!(choose(&[3.0, 2.1, 2.25], &frequency), 2);
+        assert_eq!(pick(&[3.0, 2.1, 2.15], &frequency), 0);
+        assert_eq!(pick(&[3.0, 2.1, 2.25], &frequency), 2);
+    }
+
+    #[test]
+    fn bias_and_mask_follow_the_penalties() {
+        let p = [0.5f64, 0.3, 0.15, 0.05];
+        let logits: Vec<f32> = p.iter().map(|p| p.ln() as f32).collect();
+        // A bias of ln 2 doubles a weight; ids beyond the vocabulary are ignored.
+        let bias = [(2, 2f32.ln()), (77, 50.0)];
+        let expected = [0.5, 0.3, 0.3, 0.05].map(|w| w / 1.15);
+        close(&frequencies(&logits, &SamplingRow { bias: &bias, ..row() }), &expected);
+        close(
+            &frequencies(&logits, &SamplingRow { allowed: Some(&[0b1010]), ..row() }),
+            &[0.0, 6.0 / 7.0, 0.0, 1.0 / 7.0],
+        );
+        // The bias is added to the penalised logit and does not bring a banned token back.
+        let seen = [SeenToken { id: 0, generated: 0 }];
+        let greedy = SamplingRow { temperature: 0.0, seen: &seen, repetition_penalty: 2.0, ..row() };
+        assert_eq!(choose(&[3.0, 2.0], &SamplingRow { bias: &[(0, 0.6)], ..greedy.clone() }), Some(0));
+        assert_eq!(choose(&[3.0, 2.0], &SamplingRow { bias: &[(0, 0.4)], ..greedy.clone() }), Some(1));
+        assert_eq!(choose(&[3.0, 2.0], &SamplingRow { bias: &[(0, 50.0)], banned: &[0], ..greedy }), Some(1));
+    }
+
+    /// Scores saturate instead of turning into infinities, whose differences would not be numbers.
+    #[test]
+    fn scores_saturate() {
+        let seen = [SeenToken { id: 0, generated: 1 }, SeenToken { id: 1, generated: 1 }];
+        let huge = SamplingRow { seen: &seen, repetition_penalty: f32::MIN_POSITIVE, ..row() };
+        assert_eq!(choose(&[1e30, 3e30, 5.0], &huge), Some(0), "both saturate, the lower id is first");
+        let bias = [(2, f32::MAX)];
+        assert_eq!(choose(&[1.0, 2.0, f32::MAX], &SamplingRow { bias: &bias, ..row() }), Some(2));
+    }
+
+    #[test]
+    fn a_row_without_allowed_tokens_is_an_error() {
+        for temperature in [0.0, 1.0] {
+            let masked = SamplingRow { temperature, allowed: Some(&[0]), ..row() };
+            let banned = SamplingRow { temperature, banned: &[0, 1], ..row() };
+            for row in [masked, banned] {
+                assert!(matches!(sample(&[1.0, 2.0], &row, 4), Err(Error::NothingAllowed { row: 4 })));
+            }
+        }
+        assert!(matches!(
+            sample(&[1.0, 2.0], &SamplingRow { bias: &[(0, f32::INFINITY)], ..row() }, 1),
+            Err(Error::Sampling { row: 1, .. })
+        ));
     }
 
     #[test]

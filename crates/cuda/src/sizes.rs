@@ -1,6 +1,7 @@
 //! How much memory a step takes, from the model's widths: everything is taken at start.
 
 use crate::driver::{Driver, Element};
+use crate::ops::sampling;
 use crate::tensor::padded_cols;
 
 /// Widths of the model on this rank, in elements.
@@ -72,7 +73,8 @@ impl Sizes {
             + tensor(slots, self.hidden, Element::F32)
             + tensor(rows, 2 * self.experts, Element::F32)
             + 8 * tensor(slots, 1, Element::U32);
-        let sampler = 2 * tensor(limits.logit_rows, self.vocab, Element::F32);
+        let sampler = tensor(limits.logit_rows, self.vocab, Element::F32)
+            + sampling::scratch_bytes(limits.logit_rows, self.vocab);
         stream + attention.max(dense + routed).max(sampler) + SCRATCH_BYTES
     }
 }

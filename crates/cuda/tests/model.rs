@@ -205,19 +205,7 @@ fn the_sampler_reports_the_row_that_is_not_finite() {
     let step = device.step(&[(0, &golden.input_ids[..4], 0), (1, &golden.input_ids[..5], 0)]);
     let logits = device.model.forward(step, &mut device.kv).unwrap().unwrap();
     let backend = device.model.backend();
-    let row = SamplingRow {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: 0,
-        position: 0,
-        seen: &[],
-        banned: &[],
-    };
+    let row = SamplingRow::default();
     let rows = [row.clone(), row];
     let drawn = backend.sample(&logits, &rows).unwrap();
     assert_eq!(drawn[0].id, argmax(golden.logits_after(3)));

@@ -49,7 +49,8 @@ fn routing_matches_float64() {
     for (index, options) in schedules().into_iter().enumerate() {
         let ctx = context(options, Variant::Auto, Element::Bf16);
         for (count, k) in [(1, 1), (4, 2), (16, 4), (60, 4), (64, 8), (512, 32)] {
-            for rows in [1, 2, 33, 65] {
+            // Up to 64 rows are one launch; 321 are six groups.
+            for rows in [1, 2, 64, 65, if count == 512 { 66 } else { 321 }] {
                 let kind = ["random", "equal", "one"][(index + rows) % 3];
                 let values = scores(rows, count, kind);
                 let tensor = ctx.tensor_from_f32(&values, rows, count, Element::F32).unwrap();
@@ -64,6 +65,17 @@ fn routing_matches_float64() {
                 }
                 assert_eq!(chosen, ids, "{kind}, {rows} rows, top {k} of {count}");
                 assert!(relative_error(&weights, &exact) < 1e-5);
+                // By expert, then row, then choice.
+                let mut by_place: Vec<usize> = (0..ids.len()).collect();
+                by_place.sort_by_key(|&slot| ids[slot]);
+                let [places, slots, offsets] = routing.places_to_host(&ctx).unwrap();
+                assert!(
+                    slots.iter().map(|&slot| slot as usize).eq(by_place.iter().copied()),
+                    "{kind}, {rows}"
+                );
+                assert!(by_place.iter().enumerate().all(|(place, &slot)| places[slot] as usize == place));
+                let first = |expert: usize| ids.iter().filter(|&&id| (id as usize) < expert).count();
+                assert!(offsets.iter().enumerate().all(|(expert, &place)| place as usize == first(expert)));
             }
         }
     }

@@ -30,7 +30,9 @@ fn matches_float64_over_shapes_and_schedules() {
     {
         for options in schedules() {
             let ctx = context(options, Variant::Plain, element);
-            for (rows, cols) in [(1, 1), (1, 7), (3, 256), (2, 257), (5, 896), (1, 3584)] {
+            for (rows, cols) in
+                [(1, 1), (1, 7), (3, 256), (2, 257), (5, 896), (1, 3584), (2, 8192), (1, 8195), (2, 12_297)]
+            {
                 let mut random = Random(rows as u64 * 1000 + cols as u64);
                 let (x, residual) = (random.exact(rows * cols, from), random.values(rows * cols));
                 let weight = random.values(cols);

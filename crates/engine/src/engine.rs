@@ -250,7 +250,9 @@ fn row<'a>(
         seed: sampling.seed,
         position,
         seen,
+        bias: &[],
         banned,
+        allowed: None,
     }
 }
 

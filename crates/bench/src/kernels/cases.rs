@@ -287,14 +287,9 @@ fn sampling_cases(all: &mut Vec<Case>, model: &'static str, spec: &ModelSpec) {
                             temperature,
                             top_k,
                             top_p,
-                            min_p: 0.0,
-                            repetition_penalty: 1.0,
-                            presence_penalty: 0.0,
-                            frequency_penalty: 0.0,
                             seed: index as u64,
                             position: i as u64,
-                            seen: &[],
-                            banned: &[],
+                            ..SamplingRow::default()
                         };
                         let parameters: Vec<SamplingRow<'_>> = (0..rows).map(row).collect();
                         let drawn = sampling::sample(ctx, &logits[0], &parameters);

@@ -20,7 +20,8 @@ struct SiluAndMulParams {
 
 const BF16: Kernel<SiluAndMulParams> = Kernel::new("silu_and_mul_bf16");
 const F32: Kernel<SiluAndMulParams> = Kernel::new("silu_and_mul_f32");
-const THREADS: u32 = 256;
+/// Eight columns each.
+const THREADS: u32 = 128;
 
 /// Kernels of this module.
 pub(crate) const KERNELS: &[KernelInfo] = &[BF16.info(), F32.info()];
@@ -44,7 +45,7 @@ pub fn silu_and_mul(ctx: &Context, gate_up: &Tensor) -> Result<Tensor> {
         out_stride: out.stride as u32,
         reserved: 0,
     };
-    let grid = [gate_up.rows as u32, (n as u32).div_ceil(THREADS), 1];
+    let grid = [gate_up.rows as u32, (n as u32).div_ceil(8 * THREADS), 1];
     let kernel = if gate_up.element == Element::F32 { F32 } else { BF16 };
     ctx.launch(&kernel, Geometry::grid(grid, THREADS), params)?;
     Ok(out)

@@ -30,6 +30,7 @@ pub(crate) struct RoutingParams {
 struct RouteParams {
     scores: DevicePtr,
     routing: RoutingParams,
+    counts: DevicePtr,
     scores_stride: u32,
     normalise: u32,
 }
@@ -66,6 +67,9 @@ struct CombineParams {
 }
 
 const ROUTE: Kernel<RouteParams> = Kernel::new("moe_route");
+const ROUTE_CHOOSE: Kernel<RouteParams> = Kernel::new("moe_route_choose");
+const ROUTE_SCAN: Kernel<RouteParams> = Kernel::new("moe_route_scan");
+const ROUTE_PLACE: Kernel<RouteParams> = Kernel::new("moe_route_place");
 const GATE_UP_PLAIN_BF16: Kernel<ExpertsParams> = Kernel::new("moe_gate_up_plain_bf16");
 const GATE_UP_PLAIN_F32: Kernel<ExpertsParams> = Kernel::new("moe_gate_up_plain_f32");
 const DOWN_PLAIN_BF16: Kernel<ExpertsParams> = Kernel::new("moe_down_plain_bf16");
@@ -75,6 +79,9 @@ const COMBINE: Kernel<CombineParams> = Kernel::new("moe_combine");
 /// Kernels of this module.
 pub(crate) const KERNELS: &[KernelInfo] = &[
     ROUTE.info(),
+    ROUTE_CHOOSE.info(),
+    ROUTE_SCAN.info(),
+    ROUTE_PLACE.info(),
     GATE_UP_PLAIN_BF16.info(),
     GATE_UP_PLAIN_F32.info(),
     DOWN_PLAIN_BF16.info(),
@@ -87,9 +94,14 @@ const MOST_EXPERTS: usize = 512;
 /// Most experts that a row visits.
 const MOST_TOP_K: usize = 32;
 const ROUTE_THREADS: usize = 1024;
+/// Rows that one launch routes; more take three.
+const ROUTE_ROWS: usize = 64;
+/// Threads of the kernels that take `ROUTE_ROWS` rows a block.
+const ROUTE_GROUP_THREADS: u32 = 256;
 /// Warps of a block of the plain products, one output element each.
 const PLAIN_WARPS: usize = 8;
-const COMBINE_THREADS: u32 = 256;
+/// Eight columns each.
+const COMBINE_THREADS: u32 = 128;
 
 /// Which experts each row of a step visits, with what weight, and the order that brings an expert's rows together.
 pub struct Routing {
@@ -102,7 +114,7 @@ pub struct Routing {
     pub top_k: usize,
     slot_expert: Tensor,
     slot_weight: Tensor,
-    _arrays: [Tensor; 3],
+    arrays: [Tensor; 3],
 }
 
 impl Routing {
@@ -120,6 +132,20 @@ impl Routing {
         ctx.driver.download(self.slot_expert.address(), &mut experts)?;
         let experts = experts.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         Ok((experts, ctx.tensor_to_f32(&self.slot_weight)?))
+    }
+
+    /// The place of every slot, the slot of every place, and the first place of every expert and behind the last one, copied
+    /// to the host (tests).
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn places_to_host(&self, ctx: &Context) -> Result<[Vec<u32>; 3]> {
+        let mut out = [Vec::new(), Vec::new(), Vec::new()];
+        for (out, array) in out.iter_mut().zip(&self.arrays) {
+            out.resize(array.cols, 0);
+            ctx.driver.download(array.address(), bytemuck::cast_slice_mut(out))?;
+        }
+        Ok(out)
     }
 }
 
@@ -159,16 +185,26 @@ pub fn route(ctx: &Context, scores: &Tensor, top_k: usize, normalise: bool) -> R
         top_k: top_k as u32,
         reserved: 0,
     };
-    let threads = (32 * rows.max(experts)).clamp(128, ROUTE_THREADS) as u32;
+    let groups = rows.div_ceil(ROUTE_ROWS);
+    let counts = (groups > 1).then(|| ctx.tensor(OP, 1, groups * experts, Element::U32)).transpose()?;
     let route = RouteParams {
         scores: scores.address(),
         routing: params,
+        counts: Context::optional(counts.as_ref()),
         scores_stride: scores.stride as u32,
         normalise: normalise.into(),
     };
-    ctx.launch(&ROUTE, Geometry::linear(1, threads), route)?;
+    if counts.is_some() {
+        let by_group = Geometry::linear(groups, ROUTE_GROUP_THREADS);
+        ctx.launch(&ROUTE_CHOOSE, by_group, route)?;
+        ctx.launch(&ROUTE_SCAN, Geometry::linear(1, experts.next_multiple_of(32) as u32), route)?;
+        ctx.launch(&ROUTE_PLACE, by_group, route)?;
+    } else {
+        let threads = (32 * rows.max(experts)).clamp(128, ROUTE_THREADS) as u32;
+        ctx.launch(&ROUTE, Geometry::linear(1, threads), route)?;
+    }
     let arrays = [slot_place, permuted_slot, offsets];
-    Ok(Routing { params, rows, experts, top_k, slot_expert, slot_weight, _arrays: arrays })
+    Ok(Routing { params, rows, experts, top_k, slot_expert, slot_weight, arrays })
 }
 
 /// `down(silu(gate · x) * (up · x))` of every (row, choice), ordered by expert: f32 `[slots, hidden]`.
@@ -275,7 +311,7 @@ pub fn combine(
         gate_stride: shared.map_or(0, |(_, gate)| gate.stride as u32),
         out_stride: out.stride as u32,
     };
-    let grid = [routing.rows as u32, (cols as u32).div_ceil(COMBINE_THREADS), 1];
+    let grid = [routing.rows as u32, (cols as u32).div_ceil(8 * COMBINE_THREADS), 1];
     ctx.launch(&COMBINE, Geometry::grid(grid, COMBINE_THREADS), params)?;
     Ok(out)
 }

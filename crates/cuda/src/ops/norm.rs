@@ -84,6 +84,8 @@ pub fn add_rms_norm(
         (Element::F32, Element::F32) => F32_F32,
         (from, to) => return Err(CudaError::Unsupported(format!("{OP}: {from:?} to {to:?}"))),
     };
-    ctx.launch(&kernel, Geometry::linear(x.rows, THREADS), params)?;
+    // Eight columns a thread.
+    let threads = (x.cols.div_ceil(8) as u32).next_multiple_of(32).clamp(32, THREADS);
+    ctx.launch(&kernel, Geometry::linear(x.rows, threads), params)?;
     Ok((out, residual_out))
 }

@@ -31,6 +31,8 @@ const F32_BF16: Kernel<RopeAndCacheParams> = Kernel::new("rope_and_cache_f32_bf1
 const F32_E4M3: Kernel<RopeAndCacheParams> = Kernel::new("rope_and_cache_f32_e4m3");
 const F32_F32: Kernel<RopeAndCacheParams> = Kernel::new("rope_and_cache_f32_f32");
 
+const THREADS: u32 = 128;
+
 /// Kernels of this module.
 pub(crate) const KERNELS: &[KernelInfo] =
     &[BF16_BF16.info(), BF16_E4M3.info(), BF16_F32.info(), F32_BF16.info(), F32_E4M3.info(), F32_F32.info()];
@@ -87,7 +89,10 @@ pub fn rope_and_cache(
         qkv_stride: qkv.stride as u32,
         q_stride: q.stride as u32,
     };
-    let threads = (layout.head_dim / 2).next_multiple_of(32).min(128) as u32;
-    ctx.launch(&kernel, Geometry::grid([qkv.rows as u32, heads as u32, 1], threads), params)?;
+    // A thread takes eight neighbours of a q or v head, or of the first half of a k head and their partners.
+    let width = if layout.head_dim.is_multiple_of(16) { 8 } else { 1 };
+    let groups = (cols - layout.kv_heads * layout.head_dim / 2) / width;
+    let grid = [qkv.rows as u32, groups.div_ceil(THREADS as usize) as u32, 1];
+    ctx.launch(&kernel, Geometry::grid(grid, THREADS), params)?;
     Ok(q)
 }

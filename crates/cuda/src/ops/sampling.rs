@@ -1,4 +1,4 @@
-//! Drawing tokens (`cuda/sampling/sample.cu`): one upload of parameters, one launch, one small download.
+//! Drawing tokens (`cuda/sampling/`): one upload of parameters, two launches (three where a row draws), one small download.
 
 use bytemuck::{Pod, Zeroable};
 use longhaul_backend::{Error, Sampled, SamplingRow, uniform};
@@ -16,13 +16,9 @@ struct SampleRow {
     top_p: f32,
     min_p: f32,
     repetition_penalty: f32,
-    presence_penalty: f32,
-    frequency_penalty: f32,
     uniform: f32,
-    seen: u32,
-    seen_count: u32,
-    banned: u32,
-    banned_count: u32,
+    lists: u32,
+    mask: u32,
 }
 
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
@@ -30,9 +26,13 @@ struct SampleRow {
 struct SampleResult {
     id: u32,
     logprob: f32,
-    finite: u32,
+    status: u32,
     reserved: u32,
 }
+
+/// `SampleStatus` of `cuda/sampling/sample.h`.
+const NOT_FINITE: u32 = 0;
+const NOTHING_ALLOWED: u32 = 2;
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -40,21 +40,49 @@ struct SampleParams {
     logits: DevicePtr,
     scores: DevicePtr,
     rows: DevicePtr,
+    partials: DevicePtr,
+    histograms: DevicePtr,
+    candidates: DevicePtr,
     results: DevicePtr,
     vocab: u32,
     stride: u32,
+    most_candidates: u32,
+    reserved: u32,
 }
 
-const SAMPLE: Kernel<SampleParams> = Kernel::new("sample_rows");
-const THREADS: u32 = 1024;
+const SCORES: Kernel<SampleParams> = Kernel::new("sample_scores");
+const HISTOGRAM: Kernel<SampleParams> = Kernel::new("sample_histogram");
+const ROWS: Kernel<SampleParams> = Kernel::new("sample_rows");
+const CHUNK_THREADS: u32 = 256;
+const ROW_THREADS: u32 = 512;
+
+/// Logits of a block of the kernels that read them all. A constant, so that sums do not depend on the batch.
+const CHUNK: usize = 2048;
+/// Words of `SamplePartial`.
+const PARTIAL_WORDS: usize = 6;
+/// Bytes of `SampleHistogram`: count and mass of 2048 bins, and the totals.
+const HISTOGRAM_BYTES: usize = 2048 * 12 + 32;
+/// Most candidates of a row, 8 bytes each.
+const MOST_CANDIDATES: usize = 32 << 10;
 
 /// Kernels of this module.
-pub(crate) const KERNELS: &[KernelInfo] = &[SAMPLE.info()];
+pub(crate) const KERNELS: &[KernelInfo] = &[SCORES.info(), HISTOGRAM.info(), ROWS.info()];
+
+/// Bytes of the arena that drawing `rows` tokens of `vocab` takes, parameters excluded.
+pub(crate) fn scratch_bytes(rows: usize, vocab: usize) -> usize {
+    let partials = vocab.div_ceil(CHUNK) * PARTIAL_WORDS * 4;
+    rows * (vocab.next_multiple_of(4) * 4 + partials + HISTOGRAM_BYTES + 8 * most_candidates(vocab))
+}
+
+fn most_candidates(vocab: usize) -> usize {
+    vocab.next_multiple_of(2).min(MOST_CANDIDATES)
+}
 
 /// Draws one token for each row of `logits` (f32 `[rows, vocab]`); see [`SamplingRow`] for the order of the rules.
 ///
 /// # Errors
-/// [`Error::NotFinite`] for the first row with a NaN or infinite logit; shapes that do not fit; no room in the arena.
+/// [`Error::NotFinite`] for the first row with a NaN or infinite logit, [`Error::NothingAllowed`] for one whose rules leave
+/// no token; those of [`SamplingRow::check`]; shapes that do not fit; no room in the arena.
 pub fn sample(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>, Error> {
     const OP: &str = "sample";
     if logits.rows != rows.len() || logits.element != Element::F32 || logits.cols == 0 {
@@ -72,30 +100,52 @@ pub fn sample(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Resul
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    let (words, changes) = pack(rows);
+    let vocab = logits.cols;
+    for (index, row) in rows.iter().enumerate() {
+        row.check(vocab, index)?;
+    }
+    let chunks = vocab.div_ceil(CHUNK);
+    let Packed { words, changes, draws } = pack(rows, vocab);
     let parameters = ctx.tensor(OP, 1, words.len(), Element::U32)?;
     ctx.driver.upload(parameters.address(), bytemuck::cast_slice(&words))?;
     let results = ctx.tensor(OP, rows.len(), size_of::<SampleResult>() / 4, Element::U32)?;
-    // Rows whose scores differ from their logits work on a copy.
-    let scores = changes.then(|| ctx.tensor(OP, logits.rows, logits.cols, Element::F32)).transpose()?;
+    let partials = ctx.tensor(OP, 1, rows.len() * chunks * PARTIAL_WORDS, Element::U32)?;
+    // Scores that differ from their logits.
+    let scores = changes.then(|| ctx.tensor(OP, rows.len(), vocab, Element::F32)).transpose()?;
+    let most_candidates = most_candidates(vocab);
+    let scratch =
+        |words: usize| draws.then(|| ctx.tensor(OP, 1, rows.len() * words, Element::U32)).transpose();
+    let histograms = scratch(HISTOGRAM_BYTES / 4)?;
+    let candidates = scratch(2 * most_candidates)?;
     let params = SampleParams {
         logits: logits.address(),
         scores: Context::optional(scores.as_ref()),
         rows: parameters.address(),
+        partials: partials.address(),
+        histograms: Context::optional(histograms.as_ref()),
+        candidates: Context::optional(candidates.as_ref()),
         results: results.address(),
-        vocab: logits.cols as u32,
+        vocab: vocab as u32,
         stride: logits.stride as u32,
+        most_candidates: most_candidates as u32,
+        reserved: 0,
     };
-    ctx.launch(&SAMPLE, Geometry::linear(rows.len(), THREADS), params)?;
+    let by_chunk = Geometry::grid([chunks as u32, rows.len() as u32, 1], CHUNK_THREADS);
+    ctx.launch(&SCORES, by_chunk, params)?;
+    if draws {
+        ctx.launch(&HISTOGRAM, by_chunk, params)?;
+    }
+    ctx.launch(&ROWS, Geometry::linear(rows.len(), ROW_THREADS), params)?;
     let mut out = vec![SampleResult::default(); rows.len()];
     ctx.driver.download(results.address(), bytemuck::cast_slice_mut(&mut out))?;
     out.iter()
         .enumerate()
-        .map(|(row, result)| match result.finite {
-            0 => Err(Error::NotFinite { row }),
-            _ if result.id as usize >= logits.cols => Err(CudaError::Call {
+        .map(|(row, result)| match result.status {
+            NOT_FINITE => Err(Error::NotFinite { row }),
+            NOTHING_ALLOWED => Err(Error::NothingAllowed { row }),
+            _ if result.id as usize >= vocab => Err(CudaError::Call {
                 call: OP.into(),
-                message: format!("row {row} drew id {} of {}", result.id, logits.cols),
+                message: format!("row {row} drew id {} of {vocab}", result.id),
             }
             .into()),
             _ => Ok(Sampled { id: result.id, logprob: result.logprob }),
@@ -103,32 +153,83 @@ pub fn sample(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Resul
         .collect()
 }
 
-/// Parameters of all rows, then their lists of ids; and whether any row changes its scores.
-fn pack(rows: &[SamplingRow<'_>]) -> (Vec<u32>, bool) {
+/// What is uploaded for a draw.
+struct Packed {
+    /// Parameters of all rows, then their lists by chunk, and masks.
+    words: Vec<u32>,
+    /// Whether the scores of any row differ from its logits.
+    changes: bool,
+    /// Whether any row draws.
+    draws: bool,
+}
+
+fn pack(rows: &[SamplingRow<'_>], vocab: usize) -> Packed {
     const ROW_WORDS: usize = size_of::<SampleRow>() / 4;
     let mut words = vec![0u32; rows.len() * ROW_WORDS];
-    let mut changes = false;
     for (index, row) in rows.iter().enumerate() {
-        let seen = words.len() as u32;
-        words.extend(row.seen.iter().flat_map(|s| [s.id, s.generated]));
-        let banned = words.len() as u32;
-        words.extend(row.banned);
-        changes |= !row.seen.is_empty() || !row.banned.is_empty();
+        let seen: Vec<[u32; 2]> = row
+            .seen
+            .iter()
+            .map(|seen| (seen.id, row.penalty(seen)))
+            .filter(|(_, penalty)| row.repetition_penalty != 1.0 || *penalty != 0.0)
+            .map(|(id, penalty)| [id, penalty.to_bits()])
+            .collect();
+        let bias: Vec<[u32; 2]> = row.bias.iter().map(|(id, bias)| [*id, bias.to_bits()]).collect();
+        let banned: Vec<[u32; 1]> = row.banned.iter().map(|id| [*id]).collect();
+        let mut lists = 0;
+        if !(seen.is_empty() && bias.is_empty() && banned.is_empty()) {
+            lists = words.len();
+            let starts = vocab.div_ceil(CHUNK) + 1;
+            words.resize(lists + 3 * starts, 0);
+            push_by_chunk(&mut words, lists, &seen, vocab);
+            push_by_chunk(&mut words, lists + starts, &bias, vocab);
+            push_by_chunk(&mut words, lists + 2 * starts, &banned, vocab);
+        }
+        let mut mask = 0;
+        if let Some(allowed) = row.allowed {
+            mask = words.len();
+            words.extend(allowed.iter().take(vocab.div_ceil(32)));
+        }
         let packed = SampleRow {
             temperature: row.temperature,
             top_k: row.top_k,
             top_p: row.top_p,
             min_p: row.min_p,
             repetition_penalty: row.repetition_penalty,
-            presence_penalty: row.presence_penalty,
-            frequency_penalty: row.frequency_penalty,
             uniform: uniform(row.seed, row.position),
-            seen,
-            seen_count: row.seen.len() as u32,
-            banned,
-            banned_count: row.banned.len() as u32,
+            lists: lists as u32,
+            mask: mask as u32,
         };
         words[index * ROW_WORDS..][..ROW_WORDS].copy_from_slice(bytemuck::cast_slice(&[packed]));
     }
-    (words, changes)
+    let changes =
+        words[..rows.len() * ROW_WORDS].chunks_exact(ROW_WORDS).any(|row| row[6] != 0 || row[7] != 0);
+    Packed { words, changes, draws: rows.iter().any(|row| row.temperature > 0.0) }
+}
+
+/// Appends `entries` (their first word is an id below `vocab`, others are left out) ordered by chunk; where each chunk
+/// starts, and where the last ends, goes to `words[starts..]`. A counting sort, since lists can be as long as a prompt.
+fn push_by_chunk<const N: usize>(words: &mut Vec<u32>, starts: usize, entries: &[[u32; N]], vocab: usize) {
+    let chunks = vocab.div_ceil(CHUNK);
+    let chunk = |entry: &[u32; N]| {
+        let id = entry.first().map_or(usize::MAX, |id| *id as usize);
+        (id < vocab).then_some(id / CHUNK)
+    };
+    let mut next = vec![0usize; chunks + 1];
+    for chunk in entries.iter().filter_map(chunk) {
+        next[chunk + 1] += N;
+    }
+    let mut total = words.len();
+    for (index, count) in next.iter_mut().enumerate() {
+        total += *count;
+        *count = total;
+        words[starts + index] = total as u32;
+    }
+    words.resize(total, 0);
+    for entry in entries {
+        if let Some(chunk) = chunk(entry) {
+            words[next[chunk]..][..N].copy_from_slice(entry);
+            next[chunk] += N;
+        }
+    }
 }
