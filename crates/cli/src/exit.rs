@@ -82,7 +82,6 @@ fn engine_code(error: &EngineError) -> u8 {
         EngineError::TooLong { .. } | EngineError::Text(_) => DATA,
         EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
         EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,
-<<<<<<< HEAD
         EngineError::Model(error) => model_code(error),
         EngineError::Backend(error) => backend_code(error),
     }
@@ -103,15 +102,5 @@ fn backend_code(error: &BackendError) -> u8 {
         BackendError::DeviceLost(_) => DEVICE_LOST,
         BackendError::Collective(_) => RESTART,
         _ => SOFTWARE,
-=======
-        EngineError::Model(ModelError::Backend(error)) | EngineError::Backend(error) => match error {
-            BackendError::OutOfMemory { .. } => OS,
-            BackendError::DeviceLost(_) => DEVICE_LOST,
-            BackendError::Collective(_) => RESTART,
-            _ => SOFTWARE,
-        },
-        EngineError::Model(ModelError::Weights(_)) => NO_INPUT,
-        EngineError::Model(_) => CONFIG,
->>>>>>> collectives
     }
 }
