@@ -277,7 +277,7 @@ mod tests {
             let found = tokens_per_second(name, ranks, Work::Decode { batch, context }, format, kv);
             // Half a unit of the last digit printed, and: the table counts biases among the quantised weights, and on
             // several ranks it leaves out the all-reduce after the embedding and deals the norms out.
-            let rounding = if expected.fract() == 0.0 { 0.5 } else { 0.05 };
+            let rounding = if f64::fract(expected) == 0.0 { 0.5 } else { 0.05 };
             let tolerance = if ranks == 1 { 5e-4 } else { 5e-3 };
             let error = (found - expected).abs();
             assert!(
