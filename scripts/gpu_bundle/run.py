@@ -9,12 +9,15 @@ exit code: 0 every phase passed or was skipped for a reason that is named, 1 one
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import checks
@@ -46,8 +49,11 @@ class Bundle:
         self.started = time.monotonic()
         self.deadline = deadline
         self.manifest = json.loads((HERE / "MANIFEST.json").read_text())
-        self.scratch = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"longhaul-bundle-{os.getpid()}"
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.scratch = pathlib.Path(tempfile.mkdtemp(prefix="longhaul-"))
+        # Copying to another machine may lose the mode.
+        for path in ("longhaul", *(program["path"] for program in self.manifest["tests"])):
+            if not os.access(HERE / path, os.X_OK):
+                (HERE / path).chmod(0o755)
         folders = libraries.find()
         self.libraries = [str(folder) for folder in folders]
         paths = os.pathsep.join(self.libraries)
@@ -63,6 +69,14 @@ class Bundle:
 
     def left(self):
         return self.deadline - (time.monotonic() - self.started)
+
+    def damaged(self):
+        """Files that are not what was packed."""
+        return [
+            name
+            for name, entry in self.manifest["files"].items()
+            if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != entry["sha256"]
+        ]
 
     def run(self, command, limit, **environment):
         """Runs a command of the bundle: `(exit code or None for a time-out, stdout, stderr)`."""
@@ -119,7 +133,8 @@ def environment(bundle):
         bundle.found["memory"] = [line.split(",")[2].strip() for line in result["nvidia_smi"][1:]]
     version, out, err = bundle.longhaul(["--version"], 20)
     result["longhaul"] = out.strip() or tail(err)
-    return ("passed" if version == 0 else "failed"), result
+    result["damaged_files"] = bundle.damaged()
+    return ("passed" if version == 0 and not result["damaged_files"] else "failed"), result
 
 
 def test_program(bundle, program, kernels, limit):
@@ -314,6 +329,7 @@ def main(arguments=None):
         print(f"{name}: {status}, {seconds} s", flush=True)
         write()
     write()
+    shutil.rmtree(bundle.scratch, ignore_errors=True)
     print(f"written: {out}")
     if not has_device:
         print("no GPU: nothing was measured", file=sys.stderr)

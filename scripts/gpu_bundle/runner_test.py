@@ -2,6 +2,7 @@
 """Tests the runner of the GPU bundle on a machine without a GPU, with programs that stand in for those of the bundle."""
 
 import array
+import hashlib
 import json
 import os
 import pathlib
@@ -61,7 +62,9 @@ class Runner(unittest.TestCase):
             shutil.copy(SOURCE / name, self.folder)
         self.program("longhaul", LONGHAUL)
         self.program("tests/gemm", PROGRAM)
+        packed = hashlib.sha256((self.folder / "longhaul").read_bytes()).hexdigest()
         manifest = {"commit": "abc", "nvcc_flags": "", "tests": [{"name": "gemm", "path": "tests/gemm"}]}
+        manifest["files"] = {"longhaul": {"sha256": packed}}
         (self.folder / "MANIFEST.json").write_text(json.dumps(manifest))
         golden = self.folder / "goldens" / "dense-tied"
         golden.mkdir(parents=True)
@@ -118,6 +121,11 @@ class Runner(unittest.TestCase):
         self.assertEqual(phases["bench"]["status"], "failed")
         self.assertEqual(phases["models"]["status"], "no time")
         self.assertIsNone(phases["bench"]["qwen2-0.5b"]["exit"])
+
+    def test_a_damaged_file_is_named(self):
+        self.program("longhaul", LONGHAUL + "\n")
+        code, phases, _ = self.run_bundle("--device", "emulated", "--only", "environment")
+        self.assertEqual((code, phases["environment"]["damaged_files"]), (1, ["longhaul"]))
 
     def test_libraries_are_found_by_their_path(self):
         site = self.folder / "site-packages"

@@ -13,11 +13,13 @@ use crate::sources::{kernel_names, kernels};
 /// Machine code for Ampere, Ada and Hopper, and PTX that later devices compile when they load it: of compute_89, since wgmma and
 /// its like (behind `__CUDA_ARCH__ >= 900`) exist on sm_90a alone.
 ///
-/// No `-lineinfo`: it makes the fatbins 2.7 times as large. `LONGHAUL_NVCC_FLAGS=-lineinfo` adds it for a profiler.
-const FLAGS: [&str; 10] = [
+/// No `-lineinfo`: it doubles the size. `LONGHAUL_NVCC_FLAGS=-lineinfo` adds it for a profiler.
+const FLAGS: [&str; 11] = [
     "-std=c++17",
     "-O3",
     "--fatbin",
+    // A quarter of the size; the driver unpacks a module when it loads it.
+    "-compress-mode=size",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_89,code=sm_89",
     "-gencode=arch=compute_90a,code=sm_90a",
