@@ -380,7 +380,7 @@ fn wgmma(ctx: &Context, kernel: &Kernel<Params>, n: usize, number: Number, modes
     let (da, db) = (put(&ctx.driver, &number.encode(&a)), put(&ctx.driver, &number.encode(&b)));
     let expected = product(&a, &b, depth);
     for &mode in modes {
-        if mode & B_MN_MAJOR != 0 && n % LINE[mode as usize & 3] != 0 {
+        if mode & B_MN_MAJOR != 0 && !n.is_multiple_of(LINE[mode as usize & 3]) {
             continue;
         }
         let out = room::<f32>(&ctx.driver, 64 * n);
