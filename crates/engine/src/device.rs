@@ -61,6 +61,39 @@ impl Precision {
     }
 }
 
+/// Element type of the KV cache, by vLLM's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// That of [`Precision`].
+    #[default]
+    Auto,
+    /// float32.
+    Float32,
+    /// bfloat16.
+    Bfloat16,
+    /// FP8 E4M3, half the memory of bfloat16; CUDA devices only. A key or value is its code times a scale per KV head, 1.
+    Fp8E4m3,
+}
+
+impl KvCacheDtype {
+    /// The cache of `device`, where `auto` is what the precision asks for.
+    fn on(self, device: &str, auto: DType) -> Result<DType> {
+        match self {
+            KvCacheDtype::Auto => Ok(auto),
+            KvCacheDtype::Float32 => Ok(DType::F32),
+            KvCacheDtype::Bfloat16 => Ok(DType::BF16),
+            KvCacheDtype::Fp8E4m3 if device == "cpu" => Err(EngineError::Parameter {
+                name: "--kv-cache-dtype",
+                message:
+                    "fp8_e4m3 needs a CUDA device (--device cuda or emulated); the CPU has auto, float32 and \
+                          bfloat16"
+                        .into(),
+            }),
+            KvCacheDtype::Fp8E4m3 => Ok(DType::F8E4M3),
+        }
+    }
+}
+
 /// Which CUDA kernels run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
@@ -80,6 +113,8 @@ pub struct DeviceOptions {
     pub device: Device,
     /// Precision of matrix products.
     pub precision: Precision,
+    /// Element type of the KV cache.
+    pub kv_cache_dtype: KvCacheDtype,
     /// CPU threads; 0 = all cores.
     pub threads: usize,
     /// Which CUDA kernels run.
@@ -205,14 +240,15 @@ fn place_on_cpu(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Placed> {
     let precision = options.precision.on_cpu(spec.dtype);
-    let cpu = Cpu::new(options.threads, precision)
-        .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
-    let description = cpu.description();
-    let model = Model::load(cpu, spec, positions, source, progress)?;
     let dtype = match precision {
         longhaul_cpu::Precision::F32 => DType::F32,
         longhaul_cpu::Precision::Bf16 => DType::BF16,
     };
+    let dtype = options.kv_cache_dtype.on("cpu", dtype)?;
+    let cpu = Cpu::new(options.threads, precision)
+        .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
+    let description = cpu.description();
+    let model = Model::load(cpu, spec, positions, source, progress)?;
     let layout = layout(spec, positions, dtype);
     let runner = Box::new(CpuRunner::new(model, layout)?);
     Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
@@ -229,6 +265,7 @@ fn place_on_cuda(
 ) -> Result<Placed> {
     let element = options.precision.on_cuda();
     let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
+    let dtype = options.kv_cache_dtype.on(name, dtype)?;
     let layout = layout(spec, positions, dtype);
     let rows = if name == "emulated" { EMULATED_ROWS } else { CUDA_ROWS };
     let limits = Limits {

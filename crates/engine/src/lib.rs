@@ -15,7 +15,7 @@ mod loader;
 mod runner;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
-pub use device::{Device, DeviceOptions, Kernels, Precision, kernel_context};
+pub use device::{Device, DeviceOptions, Kernels, KvCacheDtype, Precision, kernel_context};
 pub use engine::Engine;
 pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};

@@ -5,6 +5,7 @@ pub mod attention;
 pub mod embedding;
 pub mod gemm;
 mod grouped;
+pub mod kv;
 pub mod moe;
 pub mod norm;
 pub mod rope;
@@ -21,6 +22,7 @@ pub(crate) fn kernels() -> impl Iterator<Item = &'static KernelInfo> {
         embedding::KERNELS,
         gemm::KERNELS,
         grouped::KERNELS,
+        kv::KERNELS,
         moe::KERNELS,
         norm::KERNELS,
         rope::KERNELS,
