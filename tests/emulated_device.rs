@@ -10,6 +10,10 @@ const BF16_TOLERANCE: f32 = 4e-2;
 /// With f32 activations, weights and KV cache.
 const F32_TOLERANCE: f32 = 1e-3;
 
+/// With an fp8 KV cache whose scales are 1. e4m3 keeps three bits of mantissa, so a key or value is off by up to 1/16 of itself;
+/// averaged over the elements of a head and over the keys, and over layers that add up, that is what is left in the logits.
+const FP8_CACHE_TOLERANCE: f32 = 1.5e-1;
+
 /// Every golden, whole and chunked, with eager and lazy copies: each run takes another schedule of the emulator.
 #[test]
 fn goldens_match_in_bfloat16() {
@@ -44,6 +48,46 @@ fn goldens_match_with_plain_kernels() {
         let (_, values) = logits_on("emulated", &golden, None, &["--kernels", "plain"]);
         assert_close(&format!("{} plain", golden.name), &values, &golden.logits, BF16_TOLERANCE);
     }
+}
+
+#[test]
+fn goldens_match_with_an_fp8_cache() {
+    for (case, name) in golden_cases().into_iter().zip(["fp8", "fp8_e4m3"].into_iter().cycle()) {
+        let golden = Golden::load(&case);
+        for dtype in ["float32", "bfloat16"] {
+            let extra = ["--dtype", dtype, "--kv-cache-dtype", name];
+            let (_, values) = logits_on("emulated", &golden, Some(16), &extra);
+            assert_close(
+                &format!("{} {dtype} fp8 cache", golden.name),
+                &values,
+                &golden.logits,
+                FP8_CACHE_TOLERANCE,
+            );
+            let (_, exact) = logits_on("emulated", &golden, Some(16), &["--dtype", dtype]);
+            assert_ne!(values, exact, "{}: the cache is not fp8", golden.name);
+        }
+    }
+}
+
+/// A cache of another precision than the products', and the one that the CPU does not have.
+#[test]
+fn the_cache_dtype_is_independent_of_the_products() {
+    let golden = Golden::load(&goldens_dir().join("dense-dca"));
+    for device in ["emulated", "cpu"] {
+        let extra = ["--dtype", "float32", "--kv-cache-dtype", "bfloat16"];
+        let (_, values) = logits_on(device, &golden, None, &extra);
+        assert_close(&format!("{device} bf16 cache"), &values, &golden.logits, BF16_TOLERANCE);
+        let extra = ["--dtype", "bfloat16", "--kv-cache-dtype", "float32"];
+        let (_, values) = logits_on(device, &golden, None, &extra);
+        assert_close(&format!("{device} f32 cache"), &values, &golden.logits, BF16_TOLERANCE);
+    }
+    let mut command = longhaul();
+    command.args(["generate", "--device", "cpu", "--kv-cache-dtype", "fp8", "--prompt", "x"]);
+    let (code, message) = fail(&mut command);
+    assert!(
+        code != 70 && message.contains("--kv-cache-dtype") && message.contains("--device cuda"),
+        "{message}"
+    );
 }
 
 /// Greedy tokens in float32 are the reference's, from recorded graphs and op by op.

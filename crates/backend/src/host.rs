@@ -12,6 +12,8 @@ pub enum DType {
     F16,
     /// bfloat16: the upper half of a binary32.
     BF16,
+    /// FP8 E4M3 without infinities (OCP 8-bit Floating Point Specification): KV caches only.
+    F8E4M3,
 }
 
 impl DType {
@@ -20,6 +22,7 @@ impl DType {
         match self {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
+            DType::F8E4M3 => 1,
         }
     }
 }
@@ -30,6 +33,7 @@ impl fmt::Display for DType {
             DType::F32 => "float32",
             DType::F16 => "float16",
             DType::BF16 => "bfloat16",
+            DType::F8E4M3 => "fp8_e4m3",
         })
     }
 }
@@ -103,8 +107,20 @@ impl<'a> HostTensor<'a> {
             }
             DType::F16 => pairs().map(|b| half::f16::from_bits(b).to_f32()).collect(),
             DType::BF16 => pairs().map(|b| half::bf16::from_bits(b).to_f32()).collect(),
+            DType::F8E4M3 => self.data.iter().map(|&b| e4m3_to_f32(b)).collect(),
         }
     }
+}
+
+/// Sign, four bits of exponent with bias 7, three of mantissa; all ones but the sign is NaN.
+fn e4m3_to_f32(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match code & 0x7f {
+        0x7f => f32::NAN,
+        _ if exponent == 0 => mantissa * 2f32.powi(-9),
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 #[cfg(test)]
@@ -124,6 +140,11 @@ mod tests {
         let f16 = half::f16::from_f32(0.25).to_le_bytes().to_vec();
         assert_eq!(HostTensor::new(DType::BF16, vec![1], bf16.into()).unwrap().to_f32(), [-1.5]);
         assert_eq!(HostTensor::new(DType::F16, vec![1], f16.into()).unwrap().to_f32(), [0.25]);
+        // 1, the largest, the least subnormal, the least normal, -0.4375.
+        let fp8 = HostTensor::new(DType::F8E4M3, vec![5], vec![0x38, 0x7e, 0x01, 0x08, 0xae].into()).unwrap();
+        assert_eq!(fp8.to_f32(), [1.0, 448.0, 2f32.powi(-9), 2f32.powi(-6), -0.4375]);
+        let nan = HostTensor::new(DType::F8E4M3, vec![1], vec![0x7f].into()).unwrap();
+        assert!(nan.to_f32()[0].is_nan());
         assert_eq!(HostTensor::from_f32(vec![1], &[3.25]).unwrap().to_f32(), [3.25]);
     }
 }

@@ -1,6 +1,7 @@
+use std::collections::HashSet;
 use std::ops::Range;
 
-use crate::DType;
+use crate::{DType, Error, Result};
 
 /// How the query heads of a rank fall on its KV heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -87,6 +88,55 @@ impl KvLayout {
         };
         reached && (0..self.kv_heads).all(|kv_head| !self.query_heads_of(kv_head).is_empty())
     }
+
+    /// Checks that `blocks` are in the pool.
+    ///
+    /// # Errors
+    /// [`Error::Blocks`].
+    pub fn check_blocks(&self, blocks: &[u32]) -> Result<()> {
+        match blocks.iter().find(|&&block| block as usize >= self.blocks) {
+            Some(block) => Err(Error::Blocks(format!("block {block} is not in the pool of {}", self.blocks))),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks (source, destination) pairs of a copy: all are in the pool, and no destination is another pair's destination
+    /// or any pair's source, so that the order of the copies does not matter.
+    ///
+    /// # Errors
+    /// [`Error::Blocks`].
+    pub fn check_copies(&self, pairs: &[(u32, u32)]) -> Result<()> {
+        let (sources, destinations): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
+        self.check_blocks(&sources)?;
+        self.check_distinct(&destinations)?;
+        let sources: HashSet<u32> = sources.into_iter().collect();
+        match destinations.iter().find(|block| sources.contains(block)) {
+            Some(block) => Err(Error::Blocks(format!("block {block} is copied from and to at once"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks a write of `bytes` to `blocks` of `bytes_per_block` each.
+    ///
+    /// # Errors
+    /// [`Error::Blocks`] for blocks outside the pool or named twice, or a wrong number of bytes.
+    pub fn check_writes(&self, blocks: &[u32], bytes: usize, bytes_per_block: usize) -> Result<()> {
+        self.check_distinct(blocks)?;
+        if blocks.len().checked_mul(bytes_per_block) != Some(bytes) {
+            let count = blocks.len();
+            return Err(Error::Blocks(format!("{bytes} bytes for {count} blocks of {bytes_per_block}")));
+        }
+        Ok(())
+    }
+
+    fn check_distinct(&self, destinations: &[u32]) -> Result<()> {
+        self.check_blocks(destinations)?;
+        let mut seen = HashSet::with_capacity(destinations.len());
+        match destinations.iter().find(|&&block| !seen.insert(block)) {
+            Some(block) => Err(Error::Blocks(format!("block {block} is written twice"))),
+            None => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -121,5 +171,31 @@ mod tests {
             let layout = layout(query_heads, kv_heads, groups);
             assert!(!layout.is_consistent(), "{layout:?}");
         }
+    }
+
+    #[test]
+    fn copies_that_depend_on_their_order_are_errors() {
+        let layout = KvLayout {
+            layers: 1,
+            query_heads: 1,
+            kv_heads: 1,
+            head_dim: 2,
+            block_size: 1,
+            blocks: 4,
+            dtype: DType::F32,
+        };
+        layout.check_copies(&[(0, 1), (0, 2)]).unwrap();
+        let bad = |pairs: &[(u32, u32)], expected: &str| {
+            let message = layout.check_copies(pairs).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        };
+        bad(&[(0, 1), (2, 1)], "block 1 is written twice");
+        bad(&[(0, 1), (1, 2)], "block 1 is copied from and to");
+        bad(&[(3, 3)], "block 3 is copied from and to");
+        bad(&[(4, 0)], "block 4 is not in the pool of 4");
+        bad(&[(0, u32::MAX)], "not in the pool");
+        layout.check_writes(&[3, 1], 32, 16).unwrap();
+        assert!(layout.check_writes(&[3, 1], 31, 16).is_err());
+        assert!(layout.check_writes(&[3, 3], 32, 16).is_err());
     }
 }

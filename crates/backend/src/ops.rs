@@ -100,6 +100,26 @@ pub trait Backend {
     /// No memory, or an unsupported dtype.
     fn kv_cache(&self, layout: KvLayout) -> Result<Self::KvCache>;
 
+    /// Copies the K and V of all layers from the first to the second block of each pair (copy on write of a sequence that
+    /// forks).
+    ///
+    /// # Errors
+    /// [`crate::Error::Blocks`] as [`KvLayout::check_copies`]; the device's.
+    fn copy_blocks(&self, kv: &mut Self::KvCache, pairs: &[(u32, u32)]) -> Result<()>;
+
+    /// The contents of `blocks` in the host's memory (swap out). Opaque: for [`Backend::write_blocks`] on a pool of the same
+    /// device, layout and dtype; the number of blocks may differ.
+    ///
+    /// # Errors
+    /// [`crate::Error::Blocks`] for a block outside the pool; the device's.
+    fn read_blocks(&self, kv: &Self::KvCache, blocks: &[u32]) -> Result<Vec<u8>>;
+
+    /// Writes what [`Backend::read_blocks`] returned to as many `blocks` (swap in).
+    ///
+    /// # Errors
+    /// [`crate::Error::Blocks`] as [`KvLayout::check_writes`]; the device's.
+    fn write_blocks(&self, kv: &mut Self::KvCache, blocks: &[u32], bytes: &[u8]) -> Result<()>;
+
     /// Starts a step: checks the plan against the pool and hands its integers to the device.
     ///
     /// # Errors
@@ -210,6 +230,7 @@ pub trait Backend {
     /// Draws one token per row of `logits` (`[rows, vocab]`).
     ///
     /// # Errors
-    /// [`crate::Error::NotFinite`] for a row with NaN or infinite logits.
+    /// [`crate::Error::NotFinite`] for a row with NaN or infinite logits, [`crate::Error::NothingAllowed`] for one whose
+    /// rules leave no token, and those of [`SamplingRow::check`].
     fn sample(&self, logits: &Self::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>>;
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use longhaul_engine::{
-    DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, EmulatedOptions, EngineError, Kernels, LoadFormat,
-    Loader, LongContext, ModelRef, Precision, SamplingParams,
+    DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, EmulatedOptions, EngineError, Kernels,
+    KvCacheDtype, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
 
 pub use plan::{KvDType, PlanArgs, PlanDType};
@@ -57,10 +57,15 @@ pub struct ModelArgs {
     /// How the emulated device schedules, such as seed=3,copies=lazy,blocks=2
     #[arg(long, env = "LONGHAUL_EMULATOR", value_parser = emulator_options, value_name = "KEY=VALUE,…", default_value = "")]
     pub emulator: EmulatedOptions,
-    /// Precision of products and KV cache. auto: bfloat16 on a CUDA device, and for ask, chat and needle where the
-    /// checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact, everywhere else
+    /// Precision of products and, unless --kv-cache-dtype says otherwise, of the KV cache. auto: bfloat16 on a CUDA device,
+    /// and for ask, chat and needle where the checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact,
+    /// everywhere else
     #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
     pub dtype: DTypeArg,
+    /// Element type of the KV cache. auto: that of --dtype. fp8_e4m3 (or fp8): one byte an element, all scales 1, CUDA
+    /// devices only; its attention runs on the plain kernels, which are slower
+    #[arg(long, value_enum, default_value_t = KvCacheDtypeArg::Auto)]
+    pub kv_cache_dtype: KvCacheDtypeArg,
     /// CPU threads; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -108,6 +113,7 @@ impl ModelArgs {
                     DTypeArg::Float32 => Precision::Float32,
                     DTypeArg::Bfloat16 => Precision::Bfloat16,
                 },
+                kv_cache_dtype: self.kv_cache_dtype.into(),
                 threads: self.threads,
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
@@ -198,6 +204,28 @@ pub enum DTypeArg {
     Float32,
     #[value(alias = "bf16")]
     Bfloat16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvCacheDtypeArg {
+    Auto,
+    #[value(alias = "f32")]
+    Float32,
+    #[value(alias = "bf16")]
+    Bfloat16,
+    #[value(name = "fp8_e4m3", alias = "fp8")]
+    Fp8E4m3,
+}
+
+impl From<KvCacheDtypeArg> for KvCacheDtype {
+    fn from(dtype: KvCacheDtypeArg) -> Self {
+        match dtype {
+            KvCacheDtypeArg::Auto => KvCacheDtype::Auto,
+            KvCacheDtypeArg::Float32 => KvCacheDtype::Float32,
+            KvCacheDtypeArg::Bfloat16 => KvCacheDtype::Bfloat16,
+            KvCacheDtypeArg::Fp8E4m3 => KvCacheDtype::Fp8E4m3,
+        }
+    }
 }
 
 /// `4096`, `32k` (= 32,768) or `1m` (= 1,048,576).

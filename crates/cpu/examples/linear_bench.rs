@@ -106,6 +106,7 @@ fn random_matrix(dtype: DType, rows: usize, cols: usize) -> Matrix {
                 DType::F32 => value.to_le_bytes().to_vec(),
                 DType::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
                 DType::BF16 => half::bf16::from_f32(value).to_le_bytes().to_vec(),
+                DType::F8E4M3 => panic!("no matrix is {dtype}"),
             }
         })
         .collect();

@@ -127,6 +127,18 @@ impl Backend for Cpu {
         KvCache::new(layout)
     }
 
+    fn copy_blocks(&self, kv: &mut KvCache, pairs: &[(u32, u32)]) -> Result<()> {
+        kv.copy_blocks(pairs)
+    }
+
+    fn read_blocks(&self, kv: &KvCache, blocks: &[u32]) -> Result<Vec<u8>> {
+        kv.read_blocks(blocks)
+    }
+
+    fn write_blocks(&self, kv: &mut KvCache, blocks: &[u32], bytes: &[u8]) -> Result<()> {
+        kv.write_blocks(blocks, bytes)
+    }
+
     fn begin_step(&self, inputs: StepInputs, kv: &KvCache) -> Result<StepInputs> {
         inputs.check(kv.layout())?;
         Ok(inputs)

@@ -36,7 +36,7 @@ impl Words {
         match dtype {
             DType::F32 => Ok(Words::F32(zeroed(count, layout)?)),
             DType::BF16 => Ok(Words::Bf16(zeroed(count, layout)?)),
-            DType::F16 => Err(Error::UnsupportedDType { op: "kv_cache", dtype }),
+            DType::F16 | DType::F8E4M3 => Err(Error::UnsupportedDType { op: "kv_cache", dtype }),
         }
     }
 }
@@ -155,6 +155,83 @@ impl KvCache {
             }
         }
         Ok(())
+    }
+
+    /// Copies K and V of all layers from the first to the second block of each pair.
+    ///
+    /// # Errors
+    /// [`Error::Blocks`] ([`KvLayout::check_copies`]).
+    pub(crate) fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<()> {
+        self.layout.check_copies(pairs)?;
+        let words = self.block_words();
+        for layer in &mut self.layers {
+            for (plane, words) in [&mut layer.k, &mut layer.v].into_iter().zip(words) {
+                for &(from, to) in pairs {
+                    let (from, to) = (from as usize * words, to as usize * words);
+                    match plane {
+                        Words::F32(values) => values.copy_within(from..from + words, to),
+                        Words::Bf16(values) => values.copy_within(from..from + words, to),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The contents of `blocks`, one after the other: for each its planes (K, then V, of each layer).
+    ///
+    /// # Errors
+    /// [`Error::Blocks`] for a block outside the pool.
+    pub(crate) fn read_blocks(&self, blocks: &[u32]) -> Result<Vec<u8>> {
+        self.layout.check_blocks(blocks)?;
+        let words = self.block_words();
+        let mut out = Vec::with_capacity(blocks.len() * self.bytes_per_block());
+        for &block in blocks {
+            for layer in &self.layers {
+                for (plane, words) in [&layer.k, &layer.v].into_iter().zip(words) {
+                    let bytes: &[u8] = match plane {
+                        Words::F32(values) => bytemuck::cast_slice(values),
+                        Words::Bf16(values) => bytemuck::cast_slice(values),
+                    };
+                    let start = block as usize * words * 4;
+                    out.extend_from_slice(&bytes[start..start + words * 4]);
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Writes what [`KvCache::read_blocks`] returned to `blocks`.
+    ///
+    /// # Errors
+    /// [`Error::Blocks`] ([`KvLayout::check_writes`]).
+    pub(crate) fn write_blocks(&mut self, blocks: &[u32], bytes: &[u8]) -> Result<()> {
+        self.layout.check_writes(blocks, bytes.len(), self.bytes_per_block())?;
+        let words = self.block_words();
+        let mut rest = bytes;
+        for &block in blocks {
+            for layer in &mut self.layers {
+                for (plane, words) in [&mut layer.k, &mut layer.v].into_iter().zip(words) {
+                    let to: &mut [u8] = match plane {
+                        Words::F32(values) => bytemuck::cast_slice_mut(values),
+                        Words::Bf16(values) => bytemuck::cast_slice_mut(values),
+                    };
+                    let (from, behind) = rest.split_at(words * 4);
+                    to[block as usize * words * 4..][..words * 4].copy_from_slice(from);
+                    rest = behind;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Words of a block of K and of V in one layer.
+    fn block_words(&self) -> [usize; 2] {
+        [key_words(&self.layout), value_words(&self.layout)].map(|words| words * self.layout.kv_heads)
+    }
+
+    fn bytes_per_block(&self) -> usize {
+        self.layers.len() * self.block_words().iter().sum::<usize>() * 4
     }
 
     /// Words between two lines of a K tile.

@@ -34,7 +34,7 @@ struct Packed {
 fn elements_per_unit(dtype: DType) -> usize {
     match dtype {
         DType::BF16 => 2,
-        DType::F16 | DType::F32 => 1,
+        DType::F16 | DType::F32 | DType::F8E4M3 => 1,
     }
 }
 
@@ -43,11 +43,15 @@ impl Matrix {
     ///
     /// # Errors
     /// [`Error::Shape`] when there is nothing to pack, or when the parts differ in width or dtype;
+    /// [`Error::UnsupportedDType`] for float8;
     /// [`Error::OutOfMemory`] when the packed copy cannot be had.
     pub fn pack(parts: &[HostTensor<'_>]) -> Result<Self> {
         let Some(first) = parts.first() else {
             return Err(Error::shape("matrix", "no tensors to stack"));
         };
+        if first.dtype() == DType::F8E4M3 {
+            return Err(Error::UnsupportedDType { op: "matrix", dtype: first.dtype() });
+        }
         let dtype = first.dtype();
         let (_, cols) = first.matrix_dims()?;
         let mut rows = 0;
@@ -142,6 +146,7 @@ impl Matrix {
             }
             DType::F16 => self.unpack(panel, row, out, half::f16::to_f32),
             DType::F32 => self.unpack(panel, row, out, |x: f32| x),
+            DType::F8E4M3 => return Err(Error::UnsupportedDType { op: "matrix", dtype }),
         }
         Ok(())
     }

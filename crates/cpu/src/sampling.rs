@@ -202,7 +202,8 @@ mod tests {
     #[test]
     fn scores_saturate() {
         let seen = [SeenToken { id: 0, generated: 1 }, SeenToken { id: 1, generated: 1 }];
-        let huge = SamplingRow { seen: &seen, repetition_penalty: f32::MIN_POSITIVE, ..row() };
+        let huge =
+            SamplingRow { seen: &seen, repetition_penalty: f32::MIN_POSITIVE, temperature: 0.0, ..row() };
         assert_eq!(choose(&[1e30, 3e30, 5.0], &huge), Some(0), "both saturate, the lower id is first");
         let bias = [(2, f32::MAX)];
         assert_eq!(choose(&[1.0, 2.0, f32::MAX], &SamplingRow { bias: &bias, ..row() }), Some(2));

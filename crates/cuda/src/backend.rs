@@ -11,7 +11,7 @@ use crate::arena::Arena;
 use crate::context::{Context, Variant};
 use crate::driver::{Driver, Element, GraphId, Memory};
 use crate::kv::KvCache;
-use crate::ops::{attention, embedding, gemm, moe, norm, rope, sampling};
+use crate::ops::{self, attention, embedding, gemm, moe, norm, rope, sampling};
 use crate::padded_cols;
 use crate::rope::Rope;
 use crate::sizes::{Limits, Sizes};
@@ -192,6 +192,18 @@ impl Backend for Cuda {
 
     fn kv_cache(&self, layout: KvLayout) -> Result<KvCache> {
         Ok(KvCache::new(&self.ctx.driver, layout)?)
+    }
+
+    fn copy_blocks(&self, kv: &mut KvCache, pairs: &[(u32, u32)]) -> Result<()> {
+        ops::kv::copy_blocks(&self.ctx, kv, pairs)
+    }
+
+    fn read_blocks(&self, kv: &KvCache, blocks: &[u32]) -> Result<Vec<u8>> {
+        ops::kv::read_blocks(&self.ctx, kv, blocks)
+    }
+
+    fn write_blocks(&self, kv: &mut KvCache, blocks: &[u32], bytes: &[u8]) -> Result<()> {
+        ops::kv::write_blocks(&self.ctx, kv, blocks, bytes)
     }
 
     fn begin_step(&self, inputs: StepInputs, kv: &KvCache) -> Result<Step> {

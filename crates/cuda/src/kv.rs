@@ -42,7 +42,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Takes the pool's memory. Blocks are poisoned under the emulator: what was never written must not be read.
+    /// Takes the pool's memory; the scales of an fp8 pool are 1. Blocks are poisoned under the emulator: what was never written must not be read.
     ///
     /// # Errors
     /// No memory, or a dtype that no kernel reads.
@@ -50,9 +50,10 @@ impl KvCache {
         let element = match layout.dtype {
             DType::F32 => Element::F32,
             DType::BF16 => Element::Bf16,
+            DType::F8E4M3 => Element::E4m3,
             other => {
                 return Err(CudaError::Unsupported(format!(
-                    "a KV cache of {other}; use bfloat16 or float32"
+                    "a KV cache of {other}; use bfloat16, float32 or fp8_e4m3"
                 )));
             }
         };
@@ -100,6 +101,17 @@ impl KvCache {
     /// Bytes of the pool.
     pub fn bytes(&self) -> usize {
         self.memory.bytes()
+    }
+
+    /// Bytes of one block in one plane.
+    pub fn block_bytes(&self) -> usize {
+        let l = &self.layout;
+        l.kv_heads * l.block_size * l.head_dim * self.element.size()
+    }
+
+    /// K and V of every layer.
+    pub fn planes(&self) -> usize {
+        2 * self.layout.layers
     }
 
     /// The whole pool's address.

@@ -62,6 +62,44 @@ impl Precision {
     }
 }
 
+/// Element type of the KV cache, by vLLM's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// That of [`Precision`].
+    #[default]
+    Auto,
+    /// float32.
+    Float32,
+    /// bfloat16.
+    Bfloat16,
+    /// FP8 E4M3, half the memory of bfloat16; CUDA devices only. A key or value is its code times a scale per KV head, 1.
+    Fp8E4m3,
+}
+
+impl KvCacheDtype {
+    /// The cache of a CUDA device, where `auto` is what the precision asks for.
+    fn on_cuda(self, auto: DType) -> DType {
+        match self {
+            KvCacheDtype::Auto => auto,
+            KvCacheDtype::Float32 => DType::F32,
+            KvCacheDtype::Bfloat16 => DType::BF16,
+            KvCacheDtype::Fp8E4m3 => DType::F8E4M3,
+        }
+    }
+
+    /// The cache of the CPU backend, likewise.
+    fn on_cpu(self, auto: DType) -> Result<DType> {
+        match self.on_cuda(auto) {
+            DType::F8E4M3 => Err(EngineError::Parameter {
+                name: "--kv-cache-dtype",
+                message: "fp8_e4m3 needs a CUDA device (--device cuda or emulated); the CPU has auto, float32 and bfloat16"
+                    .into(),
+            }),
+            dtype => Ok(dtype),
+        }
+    }
+}
+
 /// Which CUDA kernels run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
@@ -81,6 +119,8 @@ pub struct DeviceOptions {
     pub device: Device,
     /// Precision of matrix products.
     pub precision: Precision,
+    /// Element type of the KV cache.
+    pub kv_cache_dtype: KvCacheDtype,
     /// CPU threads; 0 = all cores.
     pub threads: usize,
     /// Which CUDA kernels run.
@@ -104,6 +144,7 @@ impl Default for DeviceOptions {
             threads: 0,
             kernels: Kernels::default(),
             enforce_eager: false,
+            kv_cache_dtype: KvCacheDtype::default(),
             emulator: EmulatedOptions::default(),
             gpu_memory_utilization: DEFAULT_GPU_MEMORY_UTILIZATION,
         }
@@ -195,9 +236,13 @@ impl Opened {
             }
             Place::Cpu | Place::Emulated(_) => Available::on_host(),
         };
+        let cpu_cache = match &self.place {
+            Place::Cpu => cpu_dtype(options, options.precision.on_cpu(spec.dtype))?,
+            Place::Cuda(_) | Place::Emulated(_) => DType::F32,
+        };
         let budget = |positions: &PositionProfile| match &self.place {
             Place::Cpu => {
-                let layout = layout(spec, positions, cpu_dtype(options.precision.on_cpu(spec.dtype)));
+                let layout = layout(spec, positions, cpu_cache);
                 MemoryBudget::on_cpu(spec, positions, &layout, weight_bytes, available.clone())
             }
             Place::Cuda(driver) | Place::Emulated(driver) => {
@@ -254,7 +299,7 @@ impl CudaSetup {
     fn new(options: &DeviceOptions, spec: &ModelSpec, positions: &PositionProfile, emulated: bool) -> Self {
         let element = options.precision.on_cuda();
         let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
-        let layout = layout(spec, positions, dtype);
+        let layout = layout(spec, positions, options.kv_cache_dtype.on_cuda(dtype));
         let rows = if emulated { EMULATED_ROWS } else { CUDA_ROWS };
         let limits = Limits {
             rows: rows.min(positions.max_model_len).max(1),
@@ -341,16 +386,18 @@ fn place_on_cpu(
         .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
     let description = cpu.description();
     let model = Model::load(cpu, spec, positions, source, progress)?;
-    let layout = layout(spec, positions, cpu_dtype(precision));
+    let layout = layout(spec, positions, cpu_dtype(options, precision)?);
     let runner = Box::new(CpuRunner::new(model, layout)?);
     Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
 }
 
-fn cpu_dtype(precision: longhaul_cpu::Precision) -> DType {
-    match precision {
+/// Element of the KV cache on the CPU.
+fn cpu_dtype(options: &DeviceOptions, precision: longhaul_cpu::Precision) -> Result<DType> {
+    let auto = match precision {
         longhaul_cpu::Precision::F32 => DType::F32,
         longhaul_cpu::Precision::Bf16 => DType::BF16,
-    }
+    };
+    options.kv_cache_dtype.on_cpu(auto)
 }
 
 /// A model's description and its weights, on the way to a device.

@@ -17,7 +17,9 @@ mod memory_budget;
 mod runner;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
-pub use device::{DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, Kernels, Precision, kernel_context};
+pub use device::{
+    DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, Kernels, KvCacheDtype, Precision, kernel_context,
+};
 pub use engine::Engine;
 pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};

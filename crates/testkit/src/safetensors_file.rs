@@ -23,6 +23,7 @@ impl TinyTensor {
             DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
             DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+            DType::F8E4M3 => panic!("no weights are stored as {dtype}"),
         };
         Self { name: name.into(), dtype: dtype_name(dtype).to_owned(), shape: shape.to_vec(), data }
     }
@@ -34,6 +35,7 @@ fn dtype_name(dtype: DType) -> &'static str {
         DType::F32 => "F32",
         DType::F16 => "F16",
         DType::BF16 => "BF16",
+        DType::F8E4M3 => "F8_E4M3",
     }
 }
 

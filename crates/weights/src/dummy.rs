@@ -63,6 +63,13 @@ impl TensorSource for Dummy {
             DType::BF16 => generate(&mut data, &region, key, values, |v| bf16::from_f32(v).to_le_bytes()),
             DType::F16 => generate(&mut data, &region, key, values, |v| f16::from_f32(v).to_le_bytes()),
             DType::F32 => generate(&mut data, &region, key, values, f32::to_le_bytes),
+            DType::F8E4M3 => {
+                return Err(WeightsError::DType {
+                    file: "dummy weights".to_owned(),
+                    tensor: name.to_owned(),
+                    found: self.dtype.to_string(),
+                });
+            }
         }
         self.generated.fetch_add(bytes as u64, Ordering::Relaxed);
         HostTensor::new(self.dtype, region.shape, data.into())

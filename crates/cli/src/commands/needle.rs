@@ -11,7 +11,7 @@ use longhaul_longdoc::needle::{
 };
 use longhaul_longdoc::render::{TerminalStyle, terminal};
 
-use crate::args::{DTypeArg, LoadFormatArg, ModelArgs, NeedleArgs};
+use crate::args::{DTypeArg, KvCacheDtypeArg, LoadFormatArg, ModelArgs, NeedleArgs};
 use crate::output;
 use crate::progress;
 
@@ -94,6 +94,12 @@ fn label(mut name: String, args: &ModelArgs) -> String {
         DTypeArg::Auto => {}
         DTypeArg::Float32 => name.push_str(", float32"),
         DTypeArg::Bfloat16 => name.push_str(", bfloat16"),
+    }
+    match args.kv_cache_dtype {
+        KvCacheDtypeArg::Auto => {}
+        KvCacheDtypeArg::Float32 => name.push_str(", float32 KV cache"),
+        KvCacheDtypeArg::Bfloat16 => name.push_str(", bfloat16 KV cache"),
+        KvCacheDtypeArg::Fp8E4m3 => name.push_str(", fp8_e4m3 KV cache"),
     }
     name
 }

@@ -177,6 +177,7 @@ impl Gemm {
             }
             (DType::F16, _) => job.run::<WideF16>((x.as_ptr(), cols), (cols, false), out),
             (DType::F32, _) => job.run::<PlainF32>((x.as_ptr(), cols), (cols, false), out),
+            (DType::F8E4M3, _) => debug_assert!(false, "`Matrix::pack` refuses float8"),
         }
     }
 }

@@ -24,6 +24,7 @@ fn tensor(dtype: DType, rows: usize, cols: usize, salt: u64) -> HostTensor<'stat
         DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
         DType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        DType::F8E4M3 => panic!("no matrix is {dtype}"),
     };
     HostTensor::new(dtype, vec![rows, cols], bytes.into()).unwrap()
 }

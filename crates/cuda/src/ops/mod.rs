@@ -6,6 +6,7 @@ pub mod comm;
 pub mod embedding;
 pub mod gemm;
 mod grouped;
+pub mod kv;
 pub mod moe;
 pub mod norm;
 pub mod rope;
@@ -23,6 +24,7 @@ pub(crate) fn kernels() -> impl Iterator<Item = &'static KernelInfo> {
         embedding::KERNELS,
         gemm::KERNELS,
         grouped::KERNELS,
+        kv::KERNELS,
         moe::KERNELS,
         norm::KERNELS,
         rope::KERNELS,
