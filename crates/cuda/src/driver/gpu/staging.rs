@@ -51,7 +51,9 @@ impl Uploads {
     pub fn copy(&mut self, destination: DevicePtr, source: &[u8], blame: Blame<'_>) -> Result<()> {
         let mut done = 0;
         while let Some(rest) = source.get(done..).filter(|rest| !rest.is_empty()) {
-            if self.filled == SLOT_BYTES {
+            // What fits a slot is one copy.
+            let room = SLOT_BYTES - self.filled;
+            if room == 0 || (rest.len() > room && rest.len() <= SLOT_BYTES) {
                 self.next_slot(blame)?;
             }
             let Some(slot) = self.slots.get(self.current) else { return Ok(()) };
