@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use longhaul_backend::{DType, KvLayout};
+use longhaul_backend::{DType, HeadGroups, KvLayout};
 
 use crate::driver::{DevicePtr, Driver, Element, Memory};
 use crate::{CudaError, Result};
@@ -69,6 +69,10 @@ impl KvCache {
         element: Element,
         scales: Option<&[f32]>,
     ) -> Result<Self> {
+        if layout.groups != HeadGroups::Even {
+            let detail = format!("{layout:?}: the kernels take KV groups of one size");
+            return Err(CudaError::shape("kv_cache", detail));
+        }
         if let Some(scales) = scales
             && scales.len() != layout.layers * 2 * layout.kv_heads
         {
