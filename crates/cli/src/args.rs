@@ -61,7 +61,14 @@ pub struct ModelArgs {
     /// checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact, everywhere else
     #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
     pub dtype: DTypeArg,
-    /// CPU threads; 0 = all cores
+    /// Ranks that the model is dealt over: threads of the CPU, each with its shard of the weights and of the KV cache.
+    /// `longhaul plan` shows the shards
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
+    pub tp: u8,
+    /// Deal routed experts whole over the ranks instead of cutting each by columns
+    #[arg(long)]
+    pub expert_parallel: bool,
+    /// CPU threads of all ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
     /// Tokens of prompt and output that fit, such as 131072 or 128k [default: what the checkpoint says]
@@ -105,6 +112,8 @@ impl ModelArgs {
                     DTypeArg::Bfloat16 => Precision::Bfloat16,
                 },
                 threads: self.threads,
+                tensor_parallel: self.tp.into(),
+                expert_parallel: self.expert_parallel,
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,

@@ -1,17 +1,21 @@
 //! Devices: from a choice and a model's files to a [`Runner`] with its KV pool.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
-use longhaul_backend::{DType, HeadGroups, KvLayout};
+use longhaul_backend::{Collective, DType, Single};
+use longhaul_collective::{Options as GroupOptions, Threads};
 use longhaul_cpu::Cpu;
 use longhaul_cpu::simd::Isa;
 use longhaul_cuda::arena::Arena;
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::{Context, Cuda, CudaError, Limits, Sizes, Variant};
-use longhaul_model::{Model, ModelSpec, PositionProfile};
+use longhaul_model::{Model, ModelSpec, PositionProfile, RankShard, ShardOptions, ShardPlan};
 use longhaul_weights::TensorSource;
 
 use crate::cuda_runner::CudaRunner;
+use crate::ranks::{Follower, RankedRunner};
 use crate::runner::{CpuRunner, Runner};
 use crate::{EngineError, Result};
 
@@ -74,20 +78,39 @@ pub enum Kernels {
 }
 
 /// How a device is set up.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct DeviceOptions {
     /// Where the model runs.
     pub device: Device,
     /// Precision of matrix products.
     pub precision: Precision,
-    /// CPU threads; 0 = all cores.
+    /// CPU threads of all ranks together, at least one each; 0 = all cores.
     pub threads: usize,
+    /// Ranks that the model is dealt over.
+    pub tensor_parallel: usize,
+    /// Deal routed experts whole over the ranks.
+    pub expert_parallel: bool,
     /// Which CUDA kernels run.
     pub kernels: Kernels,
     /// Run every decode step op by op instead of from a recorded graph.
     pub enforce_eager: bool,
     /// How the emulated device schedules.
     pub emulator: EmulatedOptions,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self {
+            device: Device::Auto,
+            precision: Precision::Auto,
+            threads: 0,
+            tensor_parallel: 1,
+            expert_parallel: false,
+            kernels: Kernels::Auto,
+            enforce_eager: false,
+            emulator: EmulatedOptions::default(),
+        }
+    }
 }
 
 /// A model on a device.
@@ -107,27 +130,44 @@ const CUDA_SEQUENCES: usize = 64;
 /// Rows of a step whose logits may be wanted.
 const CUDA_LOGIT_ROWS: usize = 64;
 
+/// Longest time that a CPU rank waits for the others in one collective: on few cores they take turns.
+const RANK_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// Loads the weights onto the device that `options` names; `progress` hears (bytes read, bytes in all).
 pub(crate) fn place(
     options: &DeviceOptions,
     spec: &ModelSpec,
     positions: &PositionProfile,
-    source: &dyn TensorSource,
+    source: &(dyn TensorSource + Sync),
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Placed> {
+    let group = ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
+    let plan = ShardPlan::new(spec, options.tensor_parallel, &group)?;
+    let one_rank = |device: &str| match options.tensor_parallel {
+        1 => Ok(()),
+        ranks => Err(EngineError::Device {
+            device: device.into(),
+            message: format!("runs on one rank, not on --tp {ranks}; use --device cpu"),
+        }),
+    };
     match options.device {
-        Device::Cpu => place_on_cpu(options, spec, positions, source, progress),
+        Device::Cpu => place_on_cpu(options, spec, positions, &plan, source, progress),
         Device::Emulated => {
+            one_rank("emulated")?;
             let driver = Emulated::new(options.emulator).map_err(|e| cuda_error("emulated", e))?;
             place_on_cuda("emulated", Arc::new(driver), options, spec, positions, source, progress)
         }
         Device::Cuda => {
             let driver = gpu()?;
+            one_rank("cuda")?;
             place_on_cuda("cuda", driver, options, spec, positions, source, progress)
         }
         Device::Auto => match gpu() {
-            Ok(driver) => place_on_cuda("cuda", driver, options, spec, positions, source, progress),
-            Err(_) => place_on_cpu(options, spec, positions, source, progress),
+            Ok(driver) => {
+                one_rank("cuda")?;
+                place_on_cuda("cuda", driver, options, spec, positions, source, progress)
+            }
+            Err(_) => place_on_cpu(options, spec, positions, &plan, source, progress),
         },
     }
 }
@@ -184,39 +224,79 @@ fn cuda_error(device: &str, error: CudaError) -> EngineError {
     }
 }
 
-fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType) -> KvLayout {
-    let block_size = positions.block_size();
-    KvLayout {
-        layers: spec.layers,
-        query_heads: spec.query_heads,
-        kv_heads: spec.kv_heads,
-        groups: HeadGroups::Even,
-        head_dim: spec.head_dim,
-        block_size,
-        blocks: positions.max_model_len.div_ceil(block_size),
-        dtype,
-    }
-}
-
 fn place_on_cpu(
     options: &DeviceOptions,
     spec: &ModelSpec,
     positions: &PositionProfile,
-    source: &dyn TensorSource,
+    plan: &ShardPlan,
+    source: &(dyn TensorSource + Sync),
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Placed> {
     let precision = options.precision.on_cpu(spec.dtype);
-    let cpu = Cpu::new(options.threads, precision)
-        .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
-    let description = cpu.description();
-    let model = Model::load(cpu, spec, positions, source, progress)?;
     let dtype = match precision {
         longhaul_cpu::Precision::F32 => DType::F32,
         longhaul_cpu::Precision::Bf16 => DType::BF16,
     };
-    let layout = layout(spec, positions, dtype);
-    let runner = Box::new(CpuRunner::new(model, layout)?);
-    Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
+    let block_size = positions.block_size();
+    let blocks = positions.max_model_len.div_ceil(block_size);
+    let ranks = plan.ranks().len();
+    let threads = match (ranks, options.threads) {
+        (1, threads) => threads,
+        (_, 0) => (thread::available_parallelism().map_or(1, usize::from) / ranks).max(1),
+        (_, threads) => (threads / ranks).max(1),
+    };
+    let load = |group: &Arc<dyn Collective>, progress: &mut dyn FnMut(u64, u64)| -> Result<CpuRunner> {
+        let cpu = Cpu::new(threads, precision)
+            .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?
+            .in_group(group.clone());
+        let rank = group.rank();
+        let model = Model::load_shard(cpu, spec, positions, (plan, rank), source, progress)?;
+        let shard = plan
+            .ranks()
+            .get(rank)
+            .ok_or(EngineError::Parameter { name: "--tp", message: format!("rank {rank} of {ranks}") })?;
+        CpuRunner::new(model, shard.kv_layout(spec, block_size, blocks, dtype))
+    };
+    let of_rank = |rank: usize| move |source| EngineError::Rank { rank, source: Box::new(source) };
+    if ranks == 1 {
+        let single: Arc<dyn Collective> = Arc::new(Single);
+        let runner = load(&single, progress)?;
+        let description = runner.description();
+        return Ok(Placed { runner: Box::new(runner), blocks, block_size, description });
+    }
+    let options = GroupOptions { timeout: RANK_TIMEOUT, ..GroupOptions::default() };
+    let groups = Threads::group(ranks, options)
+        .map_err(|e| EngineError::Parameter { name: "--tp", message: e.to_string() })?;
+    let mut groups = groups.into_iter().map(|group| Arc::new(group) as Arc<dyn Collective>);
+    let Some(group) = groups.next() else {
+        return Err(EngineError::Parameter { name: "--tp", message: "must be at least 1".into() });
+    };
+    let others: Vec<Arc<dyn Collective>> = groups.collect();
+    let (leader, loaded) = thread::scope(|scope| {
+        let load = &load;
+        let threads: Vec<_> =
+            others.iter().map(|group| scope.spawn(move || load(group, &mut |_, _| {}))).collect();
+        let leader = load(&group, progress);
+        let loaded: Vec<Result<CpuRunner>> = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect();
+        (leader, loaded)
+    });
+    let leader = leader.map_err(of_rank(0))?;
+    let mut followers = Vec::with_capacity(others.len());
+    for (group, runner) in others.into_iter().zip(loaded) {
+        let rank = group.rank();
+        let mut runner = runner.map_err(of_rank(rank))?;
+        let follower = Follower::spawn(group, move |inputs| runner.follow(inputs));
+        followers.push(follower.map_err(|e| EngineError::Device {
+            device: "cpu".into(),
+            message: format!("the thread of rank {rank} could not be started: {e}"),
+        })?);
+    }
+    let description = format!("{}, rank 0 of {ranks}", leader.description());
+    let runner = Box::new(RankedRunner::new(leader, group, followers));
+    Ok(Placed { runner, blocks, block_size, description })
 }
 
 fn place_on_cuda(
@@ -230,7 +310,9 @@ fn place_on_cuda(
 ) -> Result<Placed> {
     let element = options.precision.on_cuda();
     let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
-    let layout = layout(spec, positions, dtype);
+    let block_size = positions.block_size();
+    let blocks = positions.max_model_len.div_ceil(block_size);
+    let layout = RankShard::whole(spec).kv_layout(spec, block_size, blocks, dtype);
     let rows = if name == "emulated" { EMULATED_ROWS } else { CUDA_ROWS };
     let limits = Limits {
         rows: rows.min(positions.max_model_len).max(1),

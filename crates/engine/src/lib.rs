@@ -12,6 +12,7 @@ mod device;
 mod engine;
 mod error;
 mod loader;
+mod ranks;
 mod runner;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};

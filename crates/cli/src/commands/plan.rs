@@ -183,7 +183,7 @@ fn shards(report: &PlanReport) -> Result<()> {
     columns.push(("KV tokens", Box::new(|r| ranks[r].kv_tokens.map_or("any".into(), grouped))));
     let mut lines = vec![columns.iter().map(|(name, _)| (*name).to_owned()).collect::<Vec<_>>()];
     lines.extend((0..ranks.len()).map(|r| columns.iter().map(|(_, cell)| cell(r)).collect()));
-    table(&lines)
+    Ok(table(&lines)?)
 }
 
 /// A line for every number of GPUs.
