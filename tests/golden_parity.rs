@@ -85,3 +85,43 @@ fn the_long_context_mode_matters() {
         assert!(error > 10.0 * TOLERANCE, "{name}: plain RoPE gives the same logits ({error:e})");
     }
 }
+
+/// `--tp`: any number of ranks, more than there are heads included, gives one rank's answer.
+#[test]
+fn tensor_parallel_ranks_give_one_answer() {
+    for case in cases() {
+        let golden = Golden::load(&case);
+        for tp in ["2", "3", "5", "16"] {
+            let (_, values) = logits(&golden, Some(64), &["--tp", tp]);
+            assert_close(&format!("{} --tp {tp}", golden.name), &values, &golden.logits, TOLERANCE);
+            let ids = common::ids_file(&golden.input_ids);
+            let mut command = longhaul();
+            command.args(["generate", "--temperature", "0", "--ignore-eos", "--json", "--device", "cpu"]);
+            command.args(["--tp", tp]);
+            if golden.name.starts_with("moe") {
+                command.arg("--expert-parallel");
+            }
+            command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
+            command.args(["--max-tokens", &golden.greedy.len().to_string()]);
+            let got: Vec<u32> = serde_json::from_value(json_output(&mut command)["ids"].clone()).unwrap();
+            assert_eq!(got, golden.greedy, "{} --tp {tp}", golden.name);
+        }
+    }
+}
+
+#[test]
+fn a_group_that_cannot_be_is_refused() {
+    let run = |extra: &[&str]| {
+        let ids = common::ids_file(&[1, 2]);
+        let mut command = longhaul();
+        command.args(["generate", "--max-tokens", "1", "--ids-file"]).arg(ids.path()).args(extra);
+        common::fail(&mut command)
+    };
+    let (code, message) = run(&["--tp", "2", "--device", "emulated"]);
+    assert_eq!(code, 69, "{message}");
+    assert!(message.contains("--tp 2") && message.contains("--device cpu"), "{message}");
+    let (code, message) = run(&["--expert-parallel"]);
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("no experts"), "{message}");
+    assert_eq!(run(&["--tp", "0"]).0, 2);
+}

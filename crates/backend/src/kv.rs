@@ -179,6 +179,7 @@ mod tests {
             layers: 1,
             query_heads: 1,
             kv_heads: 1,
+            groups: HeadGroups::Even,
             head_dim: 2,
             block_size: 1,
             blocks: 4,

@@ -25,8 +25,10 @@ pub struct SharedExpert<B: Backend + ?Sized> {
 pub struct MoeWeights<B: Backend + ?Sized> {
     /// `[experts, hidden]`.
     pub router: B::Matrix,
-    /// All experts.
+    /// The experts of this rank, all of them without expert parallelism. May be none.
     pub experts: B::Experts,
+    /// The first of them; the router's rows count all experts.
+    pub first_expert: usize,
     /// Experts a token visits.
     pub top_k: usize,
     /// Whether the chosen weights are divided by their sum.
@@ -50,6 +52,9 @@ pub struct ExpertWeights<'a> {
 ///
 /// Tensors are row-major `[rows, cols]` activations of the current step. Weights live as long as the model. All ops of a
 /// step run in call order; a device may queue them and return early.
+///
+/// A rank of a tensor-parallel group may hold nothing of a matrix or no heads: widths of 0 are in order everywhere, and a
+/// product over 0 inputs is zero (plus the bias).
 pub trait Backend {
     /// An activation of the current step.
     type Tensor;
@@ -126,11 +131,18 @@ pub trait Backend {
     /// An inconsistent plan ([`StepInputs::check`]).
     fn begin_step(&self, inputs: StepInputs, kv: &Self::KvCache) -> Result<Self::Step>;
 
-    /// Rows of `table` (`[vocab, hidden]`) for the step's ids: `[rows, hidden]`.
+    /// Rows of `table` for the step's ids: `[rows, hidden]`. The table holds the rows of the vocabulary (`vocab_size` ids)
+    /// from `first_id` on; ids of other ranks' rows give zeros, so that the sum over the ranks is the embedding.
     ///
     /// # Errors
-    /// An id outside the table.
-    fn embed(&self, table: &Self::Matrix, step: &Self::Step) -> Result<Self::Tensor>;
+    /// An id outside the vocabulary.
+    fn embed(
+        &self,
+        table: &Self::Matrix,
+        first_id: usize,
+        vocab_size: usize,
+        step: &Self::Step,
+    ) -> Result<Self::Tensor>;
 
     /// `residual += x` (or `= x` when there is none yet), `normed = residual / rms(residual) * weight`.
     /// Returns `(normed, residual)`.
@@ -214,6 +226,12 @@ pub trait Backend {
     /// # Errors
     /// A rank that failed.
     fn all_reduce(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Every rank's `x` (`[rows, shares[rank]]`) side by side: `[rows, sum of shares]`; the identity on one rank.
+    ///
+    /// # Errors
+    /// A rank that failed, shapes that do not fit.
+    fn all_gather(&self, x: Self::Tensor, shares: &[usize]) -> Result<Self::Tensor>;
 
     /// The rows whose logits the step wants: `[logit_rows, cols]`.
     ///

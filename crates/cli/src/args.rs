@@ -66,7 +66,14 @@ pub struct ModelArgs {
     /// devices only; its attention runs on the plain kernels, which are slower
     #[arg(long, value_enum, default_value_t = KvCacheDtypeArg::Auto)]
     pub kv_cache_dtype: KvCacheDtypeArg,
-    /// CPU threads; 0 = all cores
+    /// Ranks that the model is dealt over: threads of the CPU, each with its shard of the weights and of the KV cache.
+    /// `longhaul plan` shows the shards
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
+    pub tp: u8,
+    /// Deal routed experts whole over the ranks instead of cutting each by columns
+    #[arg(long)]
+    pub expert_parallel: bool,
+    /// CPU threads of all ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
     /// Fraction of a CUDA device's memory up to which it may be filled
@@ -115,6 +122,8 @@ impl ModelArgs {
                 },
                 kv_cache_dtype: self.kv_cache_dtype.into(),
                 threads: self.threads,
+                tensor_parallel: self.tp.into(),
+                expert_parallel: self.expert_parallel,
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,

@@ -82,6 +82,7 @@ fn engine_code(error: &EngineError) -> u8 {
         EngineError::TooLong { .. } | EngineError::Text(_) => DATA,
         EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
         EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,
+        EngineError::Rank { source, .. } => engine_code(source),
         EngineError::Model(error) => model_code(error),
         EngineError::Backend(error) => backend_code(error),
     }

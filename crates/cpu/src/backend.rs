@@ -56,6 +56,12 @@ impl Cpu {
         Ok(Self { gemm, pool, group: Arc::new(Single) })
     }
 
+    /// The same device as a rank of a tensor-parallel group.
+    #[must_use]
+    pub fn in_group(self, group: Arc<dyn Collective>) -> Self {
+        Self { group, ..self }
+    }
+
     /// Threads of the pool.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
@@ -144,18 +150,19 @@ impl Backend for Cpu {
         Ok(inputs)
     }
 
-    fn embed(&self, table: &Matrix, step: &StepInputs) -> Result<Tensor> {
+    fn embed(&self, table: &Matrix, first_id: usize, vocab_size: usize, step: &StepInputs) -> Result<Tensor> {
         let cols = table.cols();
         let mut out = vec![0.0; step.rows() * cols];
         for (id, row) in step.ids.iter().zip(out.chunks_exact_mut(cols)) {
             let id = *id as usize;
-            if id >= table.rows() {
+            if id >= vocab_size {
                 return Err(Error::Step(format!(
-                    "token id {id} is outside the embedding of {} rows",
-                    table.rows()
+                    "token id {id} is outside the embedding of {vocab_size} rows"
                 )));
             }
-            table.row_f32(id, row)?;
+            if (first_id..first_id + table.rows()).contains(&id) {
+                table.row_f32(id - first_id, row)?;
+            }
         }
         from_rows("embed", out, step.rows())
     }
@@ -211,6 +218,9 @@ impl Backend for Cpu {
                     step.rows()
                 ),
             ));
+        }
+        if cols == 0 {
+            return from_rows(OP, Vec::new(), rows);
         }
         let mut q = Vec::with_capacity(rows * q_size);
         with_values(OP, &qkv, |qkv| {
@@ -294,6 +304,36 @@ impl Backend for Cpu {
         let mut values = with_values("all_reduce", &x, |x| Ok(x.to_vec()))?;
         self.group.all_reduce(values.as_mut_slice().into())?;
         from_rows("all_reduce", values, rows)
+    }
+
+    fn all_gather(&self, x: Tensor, shares: &[usize]) -> Result<Tensor> {
+        const OP: &str = "all_gather";
+        let (rows, cols) = dims(OP, &x)?;
+        if shares.len() != self.group.world_size() || shares.get(self.group.rank()) != Some(&cols) {
+            return Err(Error::shape(
+                OP,
+                format!("{cols} columns on rank {} for shares {shares:?}", self.group.rank()),
+            ));
+        }
+        if shares.len() == 1 {
+            return Ok(x);
+        }
+        let width: usize = shares.iter().sum();
+        let counts: Vec<usize> = shares.iter().map(|share| rows * share).collect();
+        let mut by_rank = vec![0.0f32; rows * width];
+        with_values(OP, &x, |x| {
+            Ok(self.group.all_gather(x.into(), &counts, by_rank.as_mut_slice().into())?)
+        })?;
+        let mut out = vec![0.0; rows * width];
+        let (mut first_column, mut rest) = (0, by_rank.as_slice());
+        for &share in shares.iter().filter(|share| **share > 0) {
+            let (part, later) = rest.split_at(rows * share);
+            for (row, values) in part.chunks_exact(share).enumerate() {
+                out[row * width + first_column..][..share].copy_from_slice(values);
+            }
+            (first_column, rest) = (first_column + share, later);
+        }
+        from_rows(OP, out, rows)
     }
 
     fn logit_rows(&self, x: &Tensor, step: &StepInputs) -> Result<Tensor> {

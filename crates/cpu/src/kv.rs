@@ -68,8 +68,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::UnsupportedDType`] for anything but f32 and bf16, [`Error::OutOfMemory`] when the pool cannot be had.
     pub fn new(layout: KvLayout) -> Result<Self> {
-        let grouped = layout.kv_heads > 0 && layout.query_heads.is_multiple_of(layout.kv_heads);
-        if !grouped || layout.block_size == 0 || !layout.head_dim.is_multiple_of(2) {
+        if !layout.is_consistent() || layout.block_size == 0 || !layout.head_dim.is_multiple_of(2) {
             return Err(Error::shape("kv_cache", format!("{layout:?} is not a layout")));
         }
         let heads = layout.blocks * layout.kv_heads;

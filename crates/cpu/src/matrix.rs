@@ -42,7 +42,7 @@ impl Matrix {
     /// Packs `parts`, stacked by rows; a vector counts as one row. Uses the current rayon pool.
     ///
     /// # Errors
-    /// [`Error::Shape`] when there is nothing to pack, or when the parts differ in width or dtype;
+    /// [`Error::Shape`] when there are no parts, or when the parts differ in width or dtype;
     /// [`Error::UnsupportedDType`] for float8;
     /// [`Error::OutOfMemory`] when the packed copy cannot be had.
     pub fn pack(parts: &[HostTensor<'_>]) -> Result<Self> {
@@ -69,10 +69,6 @@ impl Matrix {
             }
             rows += part_rows;
         }
-        if rows == 0 || cols == 0 {
-            return Err(Error::shape("matrix", format!("[{rows}, {cols}] has no elements")));
-        }
-
         let row_bytes = cols * dtype.size();
         let unit_bytes = elements_per_unit(dtype) * dtype.size();
         let panel_bytes = cols.div_ceil(elements_per_unit(dtype)) * PANEL * unit_bytes;
@@ -84,7 +80,7 @@ impl Matrix {
         // Row `r` of the stack, as bytes; empty beyond the last row.
         let source = |mut r: usize| {
             for part in parts {
-                let part_rows = part.bytes().len() / row_bytes;
+                let part_rows = part.bytes().len() / row_bytes.max(1);
                 if r < part_rows {
                     return &part.bytes()[r * row_bytes..][..row_bytes];
                 }
@@ -92,13 +88,15 @@ impl Matrix {
             }
             &[]
         };
-        data.par_chunks_mut(panel_bytes).enumerate().for_each(|(p, panel)| {
-            let rows: [&[u8]; PANEL] = std::array::from_fn(|r| source(p * PANEL + r));
-            match unit_bytes {
-                4 => interleave::<4>(&rows, cast_slice_mut(panel)),
-                _ => interleave::<2>(&rows, cast_slice_mut(panel)),
-            }
-        });
+        data.par_chunks_mut(panel_bytes.max(1)).enumerate().take(bytes / panel_bytes.max(1)).for_each(
+            |(p, panel)| {
+                let rows: [&[u8]; PANEL] = std::array::from_fn(|r| source(p * PANEL + r));
+                match unit_bytes {
+                    4 => interleave::<4>(&rows, cast_slice_mut(panel)),
+                    _ => interleave::<2>(&rows, cast_slice_mut(panel)),
+                }
+            },
+        );
         Ok(Self(Arc::new(Packed { rows, cols, dtype, data })))
     }
 
@@ -282,10 +280,13 @@ mod tests {
             (vec![], "no tensors"),
             (vec![bf16(2, 3), bf16(2, 4)], "with 3 columns"),
             (vec![bf16(2, 3), tensor(DType::F32, 2, 3, 0)], "cannot stack float32"),
-            (vec![bf16(0, 3)], "[0, 3] has no elements"),
         ] {
             let error = Matrix::pack(&parts).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
+        }
+        for (rows, cols) in [(0, 3), (3, 0), (0, 0)] {
+            let nothing = Matrix::pack(&[bf16(rows, cols)]).unwrap();
+            assert_eq!((nothing.rows(), nothing.cols()), (rows, cols));
         }
         let matrix = Matrix::pack(&[bf16(2, 3)]).unwrap();
         assert!(matrix.row_f32(2, &mut [0.0; 3]).is_err());

@@ -43,13 +43,13 @@ pub(crate) fn route(logits: &[f32], experts: usize, top_k: usize, normalise: boo
 pub(crate) fn moe(gemm: Gemm, x: &[f32], rows: usize, weights: &MoeWeights<Cpu>) -> Result<Vec<f32>> {
     let hidden = weights.router.cols();
     let experts = weights.router.rows();
-    if x.len() != rows * hidden || weights.experts.len() != experts || weights.top_k > experts {
+    let ours = weights.first_expert..weights.first_expert + weights.experts.len();
+    if x.len() != rows * hidden || ours.end > experts || weights.top_k > experts {
         return Err(Error::shape(
             "moe",
             format!(
-                "{} values for {rows} rows of {hidden}, {} experts for {experts} router rows, top {}",
+                "{} values for {rows} rows of {hidden}, experts {ours:?} of {experts} router rows, top {}",
                 x.len(),
-                weights.experts.len(),
                 weights.top_k
             ),
         ));
@@ -61,7 +61,11 @@ pub(crate) fn moe(gemm: Gemm, x: &[f32], rows: usize, weights: &MoeWeights<Cpu>)
     let routes = route(&logits, experts, weights.top_k, weights.norm_topk_prob);
 
     let mut out = vec![0.0; rows * hidden];
-    for (index, expert) in weights.experts.iter().enumerate() {
+    for (index, expert) in ours.zip(&weights.experts) {
+        if expert.gate_up.rows() == 0 {
+            // Its columns are other ranks'.
+            continue;
+        }
         let visitors: Vec<(usize, f32)> = routes
             .iter()
             .enumerate()

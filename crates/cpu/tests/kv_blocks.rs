@@ -1,7 +1,7 @@
 //! Sequences that fork, or leave the KV pool and come back, attend to the same keys and values, to the bit.
 
 use candle_core::{Device, Tensor};
-use longhaul_backend::{Backend, DType, Error, KvLayout, RopeTables, SequenceInputs, StepInputs};
+use longhaul_backend::{Backend, DType, Error, HeadGroups, KvLayout, RopeTables, SequenceInputs, StepInputs};
 use longhaul_cpu::{Cpu, KvCache, Precision};
 
 const HEADS: usize = 4;
@@ -38,6 +38,7 @@ impl Pool {
             layers: LAYERS,
             query_heads: HEADS,
             kv_heads: KV_HEADS,
+            groups: HeadGroups::Even,
             head_dim: DIM,
             block_size,
             blocks: 4 * COUNT as usize,

@@ -215,7 +215,10 @@ impl Backend for Cuda {
         self.upload(inputs, kv)
     }
 
-    fn embed(&self, table: &Matrix, step: &Step) -> Result<Tensor> {
+    fn embed(&self, table: &Matrix, first_id: usize, vocab_size: usize, step: &Step) -> Result<Tensor> {
+        if first_id != 0 || table.rows != vocab_size {
+            return Err(Error::shape("embed", "a part of the vocabulary; this device holds it whole"));
+        }
         Ok(embedding::embed(&self.ctx, table, step)?)
     }
 
@@ -289,6 +292,13 @@ impl Backend for Cuda {
     }
 
     fn all_reduce(&self, x: Tensor) -> Result<Tensor> {
+        Ok(x)
+    }
+
+    fn all_gather(&self, x: Tensor, shares: &[usize]) -> Result<Tensor> {
+        if *shares != [x.cols] {
+            return Err(Error::shape("all_gather", "this device is a rank of its own"));
+        }
         Ok(x)
     }
 

@@ -71,10 +71,8 @@ impl KvCache {
         scales: Option<&[f32]>,
     ) -> Result<Self> {
         if layout.groups != HeadGroups::Even {
-            return Err(CudaError::Unsupported(format!(
-                "a rank whose {} query heads fall unevenly on {} KV heads; choose a world size that divides the heads",
-                layout.query_heads, layout.kv_heads
-            )));
+            let detail = format!("{layout:?}: the kernels take KV groups of one size");
+            return Err(CudaError::shape("kv_cache", detail));
         }
         if let Some(scales) = scales
             && scales.len() != layout.layers * 2 * layout.kv_heads

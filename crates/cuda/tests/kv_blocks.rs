@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Random, context, schedules};
-use longhaul_backend::{Backend, DType, Error, KvLayout, SequenceInputs, StepInputs};
+use longhaul_backend::{Backend, DType, Error, HeadGroups, KvLayout, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::ops::kv::{copy_blocks, read_blocks, write_blocks};
@@ -16,7 +16,16 @@ use longhaul_testkit::{Golden, goldens_dir};
 use longhaul_weights::Checkpoint;
 
 fn layout(layers: usize, kv_heads: usize, head_dim: usize, block_size: usize, blocks: usize) -> KvLayout {
-    KvLayout { layers, query_heads: kv_heads, kv_heads, head_dim, block_size, blocks, dtype: DType::F32 }
+    KvLayout {
+        layers,
+        query_heads: kv_heads,
+        groups: HeadGroups::Even,
+        kv_heads,
+        head_dim,
+        block_size,
+        blocks,
+        dtype: DType::F32,
+    }
 }
 
 /// The pool as bytes `[planes][blocks][block_bytes]`.
@@ -153,6 +162,7 @@ impl<B: Backend> Device<B> {
             layers: spec.layers,
             query_heads: spec.query_heads,
             kv_heads: spec.kv_heads,
+            groups: HeadGroups::Even,
             head_dim: spec.head_dim,
             block_size: positions.block_size(),
             blocks: 4 * (PROMPT + 3).div_ceil(positions.block_size()),

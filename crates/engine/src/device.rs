@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use longhaul_backend::{DType, HeadGroups, KvLayout};
-use longhaul_cpu::Cpu;
+use longhaul_backend::{DType, KvLayout};
 use longhaul_cpu::simd::Isa;
 use longhaul_cuda::arena::Arena;
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::{Context, Cuda, CudaError, Limits, Sizes, Variant};
-use longhaul_model::{Model, ModelSpec, PositionProfile};
+use longhaul_model::{Model, ModelSpec, PositionProfile, RankShard, ShardOptions, ShardPlan};
 use longhaul_weights::TensorSource;
 
+use crate::cpu_device::{cpu_dtype, place_on_cpu};
 use crate::cuda_runner::CudaRunner;
 use crate::memory_budget::{self, Available, CudaPlan, MemoryBudget};
-use crate::runner::{CpuRunner, Runner};
+use crate::runner::Runner;
 use crate::{EngineError, Result, gpu};
 
 /// Where the model runs.
@@ -45,7 +45,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    fn on_cpu(self, checkpoint: Option<DType>) -> longhaul_cpu::Precision {
+    pub(crate) fn on_cpu(self, checkpoint: Option<DType>) -> longhaul_cpu::Precision {
         let fast = checkpoint == Some(DType::BF16) && Isa::active() == Ok(Isa::Avx512Bf16);
         match self {
             Precision::Bfloat16 => longhaul_cpu::Precision::Bf16,
@@ -88,7 +88,7 @@ impl KvCacheDtype {
     }
 
     /// The cache of the CPU backend, likewise.
-    fn on_cpu(self, auto: DType) -> Result<DType> {
+    pub(crate) fn on_cpu(self, auto: DType) -> Result<DType> {
         match self.on_cuda(auto) {
             DType::F8E4M3 => Err(EngineError::Parameter {
                 name: "--kv-cache-dtype",
@@ -121,8 +121,12 @@ pub struct DeviceOptions {
     pub precision: Precision,
     /// Element type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
-    /// CPU threads; 0 = all cores.
+    /// CPU threads of all ranks together, at least one each; 0 = all cores.
     pub threads: usize,
+    /// Ranks that the model is dealt over.
+    pub tensor_parallel: usize,
+    /// Deal routed experts whole over the ranks.
+    pub expert_parallel: bool,
     /// Which CUDA kernels run.
     pub kernels: Kernels,
     /// Run every decode step op by op instead of from a recorded graph.
@@ -142,6 +146,8 @@ impl Default for DeviceOptions {
             device: Device::default(),
             precision: Precision::default(),
             threads: 0,
+            tensor_parallel: 1,
+            expert_parallel: false,
             kernels: Kernels::default(),
             enforce_eager: false,
             kv_cache_dtype: KvCacheDtype::default(),
@@ -188,6 +194,13 @@ enum Place {
 /// # Errors
 /// [`EngineError::Device`] or [`EngineError::Memory`] with the remedy.
 pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
+    let one_rank = |device: &str| match options.tensor_parallel {
+        1 => Ok(()),
+        ranks => Err(EngineError::Device {
+            device: device.into(),
+            message: format!("runs on one rank, not on --tp {ranks}; use --device cpu"),
+        }),
+    };
     let cuda = |ordinal| {
         let name = format!("cuda:{ordinal}");
         let driver = gpu::open(ordinal).map_err(|e| cuda_error(&name, e))?;
@@ -196,10 +209,18 @@ pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
     match options.device {
         Device::Cpu => Ok(Opened { name: "cpu".into(), place: Place::Cpu, note: None }),
         Device::Emulated => {
+            one_rank("emulated")?;
             let driver = Emulated::new(options.emulator).map_err(|e| cuda_error("emulated", e))?;
             Ok(Opened { name: "emulated".into(), place: Place::Emulated(Arc::new(driver)), note: None })
         }
-        Device::Cuda(ordinal) => cuda(ordinal),
+        Device::Cuda(ordinal) => {
+            one_rank(&format!("cuda:{ordinal}"))?;
+            cuda(ordinal)
+        }
+        // Several ranks are threads of the CPU.
+        Device::Auto if options.tensor_parallel > 1 => {
+            Ok(Opened { name: "cpu".into(), place: Place::Cpu, note: None })
+        }
         Device::Auto => match cuda(0) {
             // A full device is not a missing one: the user decides.
             Err(error @ EngineError::Memory { .. }) => Err(error),
@@ -273,12 +294,17 @@ impl Opened {
         options: &DeviceOptions,
         spec: &ModelSpec,
         positions: &PositionProfile,
-        source: &dyn TensorSource,
+        source: &(dyn TensorSource + Sync),
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Placed> {
         let emulated = self.is_emulated();
         match self.place {
-            Place::Cpu => place_on_cpu(options, spec, positions, source, progress),
+            Place::Cpu => {
+                let group =
+                    ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
+                let plan = ShardPlan::new(spec, options.tensor_parallel, &group)?;
+                place_on_cpu(options, spec, positions, &plan, source, progress)
+            }
             Place::Cuda(driver) | Place::Emulated(driver) => {
                 let setup = CudaSetup::new(options, spec, positions, emulated);
                 let source = Source { spec, positions, tensors: source };
@@ -359,45 +385,11 @@ fn cuda_error(device: &str, error: CudaError) -> EngineError {
     }
 }
 
-/// The pool that holds one sequence of the whole context.
+/// The pool that holds one sequence of the whole context, of all ranks together.
 pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType) -> KvLayout {
     let block_size = positions.block_size();
-    KvLayout {
-        layers: spec.layers,
-        query_heads: spec.query_heads,
-        kv_heads: spec.kv_heads,
-        groups: HeadGroups::Even,
-        head_dim: spec.head_dim,
-        block_size,
-        blocks: positions.max_model_len.div_ceil(block_size),
-        dtype,
-    }
-}
-
-fn place_on_cpu(
-    options: &DeviceOptions,
-    spec: &ModelSpec,
-    positions: &PositionProfile,
-    source: &dyn TensorSource,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Placed> {
-    let precision = options.precision.on_cpu(spec.dtype);
-    let cpu = Cpu::new(options.threads, precision)
-        .map_err(|e| EngineError::Device { device: "cpu".into(), message: e.to_string() })?;
-    let description = cpu.description();
-    let model = Model::load(cpu, spec, positions, source, progress)?;
-    let layout = layout(spec, positions, cpu_dtype(options, precision)?);
-    let runner = Box::new(CpuRunner::new(model, layout)?);
-    Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
-}
-
-/// Element of the KV cache on the CPU.
-fn cpu_dtype(options: &DeviceOptions, precision: longhaul_cpu::Precision) -> Result<DType> {
-    let auto = match precision {
-        longhaul_cpu::Precision::F32 => DType::F32,
-        longhaul_cpu::Precision::Bf16 => DType::BF16,
-    };
-    options.kv_cache_dtype.on_cpu(auto)
+    let blocks = positions.max_model_len.div_ceil(block_size);
+    RankShard::whole(spec).kv_layout(spec, block_size, blocks, dtype)
 }
 
 /// A model's description and its weights, on the way to a device.

@@ -66,6 +66,14 @@ pub enum EngineError {
         /// The budget, and the remedy.
         message: String,
     },
+    /// A rank of a tensor-parallel group failed; the group has ended with it.
+    #[error("rank {rank}: {source}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// What it failed with.
+        source: Box<EngineError>,
+    },
     /// Config or forward pass.
     #[error(transparent)]
     Model(#[from] ModelError),

@@ -6,6 +6,7 @@
 
 mod api;
 mod blocks;
+mod cpu_device;
 mod cuda_runner;
 mod demo;
 mod device;
@@ -14,6 +15,7 @@ mod error;
 mod gpu;
 mod loader;
 mod memory_budget;
+mod ranks;
 mod runner;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};

@@ -132,7 +132,7 @@ impl Loader {
         let files = self.files()?;
         let positions = PositionProfile::new(&files.spec, self.long_context, self.max_model_len)?;
         let expected = files.spec.tensors();
-        let source: Box<dyn TensorSource> = match (self.load_format, &files.weights) {
+        let source: Box<dyn TensorSource + Sync> = match (self.load_format, &files.weights) {
             (LoadFormat::Dummy, _) | (_, WeightFiles::None) => {
                 Box::new(Dummy::new(expected, files.spec.dtype.unwrap_or(DType::BF16), self.dummy_seed))
             }

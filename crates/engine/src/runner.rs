@@ -37,6 +37,22 @@ impl CpuRunner {
         let kv = model.kv_cache(layout)?;
         Ok(Self { model, kv })
     }
+
+    /// The device in words.
+    pub(crate) fn description(&self) -> String {
+        self.model.backend().description()
+    }
+
+    /// Refuses a plan that contradicts itself or the pool.
+    pub(crate) fn check(&self, inputs: &StepInputs) -> Result<()> {
+        Ok(inputs.check(self.kv.layout())?)
+    }
+
+    /// This rank's part of a step whose logits other ranks read.
+    pub(crate) fn follow(&mut self, inputs: StepInputs) -> Result<()> {
+        let (model, kv) = (&self.model, &mut self.kv);
+        Ok(model.backend().install(|| model.forward(inputs, kv).map(drop))?)
+    }
 }
 
 impl Runner for CpuRunner {

@@ -253,7 +253,7 @@ mod tests {
     fn decode_matches_an_independent_table() {
         use WeightFormat::{Fp8, Int4};
         let cells = [
-            ("qwen2-0.5b", 1, BF16, 2, 1, 2048, 4243.8),
+            ("qwen2-0.5b", 1, BF16, 2, 1, 2048, 4243.8_f64),
             ("qwen2-0.5b", 1, Fp8, 1, 1, 2048, 6688.6),
             ("qwen2-0.5b", 1, Int4, 1, 1, 2048, 9159.5),
             ("qwen2-1.5b", 1, BF16, 2, 32, 32768, 4151.0),

@@ -28,6 +28,9 @@ pub(super) struct QueryTile<'a> {
     pub first_position: usize,
     pub tokens: usize,
     pub kv_head: usize,
+    /// The first query head of this rank that reads it, and how many do.
+    pub first_head: usize,
+    pub group: usize,
     pub layer: usize,
     pub block_table: &'a [u32],
 }
@@ -121,7 +124,7 @@ impl Queries {
     fn new(job: &Attend) -> Self {
         let layout = job.kv.layout();
         let tokens = job.tile.tokens;
-        let values = tokens * layout.group() * layout.head_dim;
+        let values = tokens * job.tile.group * layout.head_dim;
         Self {
             rotated: vec![0.0; values],
             pairs: (layout.dtype == DType::BF16).then(|| vec![0; values / 2]),
@@ -133,7 +136,7 @@ impl Queries {
     #[inline(always)]
     fn rotate_for(&mut self, job: &Attend, key: usize) -> Result<()> {
         let layout = job.kv.layout();
-        let (head_dim, group) = (layout.head_dim, layout.group());
+        let (head_dim, group) = (layout.head_dim, job.tile.group);
         let half = head_dim / 2;
         let token_size = layout.query_heads * head_dim;
         for (token, current) in self.current.iter_mut().enumerate() {
@@ -149,7 +152,7 @@ impl Queries {
             // exp(x) = 2^(x · log2 e): the factor goes into q once instead of into every score.
             let scale = job.tile.scales[token] * std::f32::consts::LOG2_E;
             for head in 0..group {
-                let from = &job.tile.q[token * token_size + (job.tile.kv_head * group + head) * head_dim..];
+                let from = &job.tile.q[token * token_size + (job.tile.first_head + head) * head_dim..];
                 let to = &mut self.rotated[(token * group + head) * head_dim..][..head_dim];
                 let (lower, upper) = to.split_at_mut(half);
                 for d in 0..half {
@@ -180,7 +183,7 @@ impl Attend<'_> {
     #[inline(always)]
     fn partition<S: Simd>(&self, s: S, partition: usize, queries: &mut Queries) -> Result<Partial> {
         let layout = self.kv.layout();
-        let (block_size, group) = (layout.block_size, layout.group());
+        let (block_size, group) = (layout.block_size, self.tile.group);
         let rows = self.tile.tokens * group;
         let value_stride = self.kv.value_stride();
         let mut state = Partial::new(rows, value_stride);

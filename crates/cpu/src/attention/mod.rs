@@ -36,8 +36,10 @@ pub(crate) fn attention(
             format!("q has {} values for {} rows of {width}", q.len(), step.rows()),
         ));
     }
+    if width == 0 {
+        return Ok(Vec::new());
+    }
     let tiles = tiles(q, step, kv, layer);
-    let group = layout.group();
     let results: Vec<Vec<f32>> = tiles
         .par_iter()
         .map(|tile| {
@@ -57,22 +59,23 @@ pub(crate) fn attention(
             } else {
                 run(0..partitions)?
             };
-            let mut out = vec![0.0; tile.tokens * group * layout.head_dim];
+            let mut out = vec![0.0; tile.tokens * tile.group * layout.head_dim];
             partial.finish(layout.head_dim, &mut out);
             Ok(out)
         })
         .collect::<Result<_>>()?;
 
     let mut out = vec![0.0; q.len()];
-    let head_columns = group * layout.head_dim;
     let mut rows = out.chunks_exact_mut(width);
     // Tiles come in row order, all KV heads of a run of tokens together.
     for (tiles, results) in tiles.chunks(layout.kv_heads).zip(results.chunks(layout.kv_heads)) {
         let tokens = tiles.first().map_or(0, |t| t.tokens);
         for token in 0..tokens {
             let Some(row) = rows.next() else { break };
-            for (columns, result) in row.chunks_exact_mut(head_columns).zip(results) {
-                columns.copy_from_slice(&result[token * head_columns..][..head_columns]);
+            for (tile, result) in tiles.iter().zip(results) {
+                let width = tile.group * layout.head_dim;
+                let columns = &mut row[tile.first_head * layout.head_dim..][..width];
+                columns.copy_from_slice(&result[token * width..][..width]);
             }
         }
     }
@@ -90,12 +93,15 @@ fn tiles<'a>(q: &'a [f32], step: &'a StepInputs, kv: &KvCache, layer: usize) -> 
             let tokens = tile_tokens.min(sequence.rows - start);
             let row = first_row + start;
             for kv_head in 0..layout.kv_heads {
+                let heads = layout.query_heads_of(kv_head);
                 tiles.push(QueryTile {
                     q: &q[row * width..(row + tokens) * width],
                     scales: &step.logit_scales[row..row + tokens],
                     first_position: sequence.first_position() + start,
                     tokens,
                     kv_head,
+                    first_head: heads.start,
+                    group: heads.len(),
                     layer,
                     block_table: &sequence.block_table,
                 });

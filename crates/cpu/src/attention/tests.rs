@@ -49,6 +49,7 @@ struct Case {
     n: usize,
     heads: usize,
     kv_heads: usize,
+    groups: HeadGroups,
     dim: usize,
     theta: f64,
     chunking: Option<Chunking>,
@@ -71,6 +72,7 @@ impl Case {
             n,
             heads,
             kv_heads,
+            groups: HeadGroups::Even,
             dim,
             theta: 1e6,
             chunking: chunking.map(|(chunk_size, local_size)| Chunking { chunk_size, local_size }),
@@ -86,7 +88,10 @@ impl Case {
     /// Attention of row `i`, head `h`, in float64 by the definition: every pair rotated by its relative distance.
     fn reference(&self, i: usize, h: usize) -> (Vec<f64>, f64) {
         let freq = inv_freq(self.theta, self.dim);
-        let kv = h / (self.heads / self.kv_heads);
+        let kv = match self.groups {
+            HeadGroups::Even => h / (self.heads / self.kv_heads),
+            HeadGroups::Cut { size, skipped } => (h + skipped) / size,
+        };
         let q = &self.q[(i * self.heads + h) * self.dim..][..self.dim];
         let logits: Vec<f64> = (0..=i)
             .map(|j| {
@@ -131,7 +136,7 @@ impl Case {
             layers: 2,
             query_heads: self.heads,
             kv_heads: self.kv_heads,
-            groups: HeadGroups::Even,
+            groups: self.groups,
             head_dim: self.dim,
             block_size: self.block_size,
             blocks: blocks + 2,
@@ -300,6 +305,20 @@ fn head_sizes_and_groups_match_the_reference() {
             plain.check(isa, [0, 1, 47, 63, 64, 69].into_iter());
             plain.dtype = DType::BF16;
             plain.check(isa, 0..70);
+        }
+    }
+}
+
+/// A rank whose query heads begin or end inside a group.
+#[test]
+fn cut_groups_match_the_reference() {
+    for isa in Isa::available() {
+        for (heads, kv_heads, skipped) in [(10, 2, 0), (9, 2, 3), (9, 2, 5), (18, 3, 2)] {
+            let mut case = Case::new(130, (heads, kv_heads, 32), Some((80, 16)), 64);
+            case.groups = HeadGroups::Cut { size: 7, skipped };
+            case.check(isa, [0, 63, 64, 80, 129].into_iter());
+            case.dtype = DType::BF16;
+            case.check(isa, [0, 63, 64, 80, 129].into_iter());
         }
     }
 }

@@ -158,6 +158,18 @@ impl Gemm {
             return;
         }
         let cols = weight.cols();
+        if weight.rows() == 0 {
+            return;
+        }
+        if cols == 0 {
+            // Empty sums; `silu(0) * 0` is 0 as well.
+            for row in out.chunks_exact_mut(out.len() / m) {
+                for (n, value) in row.iter_mut().enumerate() {
+                    value.write(bias.and_then(|bias| bias.get(n)).copied().unwrap_or(0.0));
+                }
+            }
+            return;
+        }
         let parallel = m * cols * weight.rows() >= SERIAL_WORK && rayon::current_num_threads() > 1;
         let job = Job { isa: self.isa, weight, bias, rows: m, gated, parallel };
         let out = Shared(out.as_mut_ptr().cast());

@@ -264,3 +264,20 @@ fn wrong_lengths_are_named() {
     assert!(message(gemm.linear(&[], usize::MAX, &matrix, None, &mut out)).contains("x holds 0"));
     assert!(message(gemm.linear_silu_mul(&[0.0; 6], 2, &matrix, &mut out)).contains("even number of rows"));
 }
+
+/// What a rank that holds nothing of a matrix computes.
+#[test]
+fn a_product_over_nothing_is_the_bias() {
+    for (gemm, dtype) in ways() {
+        let bias = values(5, 1);
+        let nothing = Matrix::pack(&[tensor(dtype, 5, 0, 1)]).unwrap();
+        let mut out = vec![f32::NAN; 15];
+        gemm.linear(&[], 3, &nothing, Some(&bias), &mut out).unwrap();
+        assert_eq!(out, [bias.clone(), bias.clone(), bias].concat());
+        gemm.linear(&[], 3, &nothing, None, &mut out).unwrap();
+        assert_eq!(out, [0.0; 15]);
+        let no_outputs = Matrix::pack(&[tensor(dtype, 0, 7, 1), tensor(dtype, 0, 7, 2)]).unwrap();
+        gemm.linear(&values(21, 2), 3, &no_outputs, None, &mut []).unwrap();
+        gemm.linear_silu_mul(&values(21, 2), 3, &no_outputs, &mut []).unwrap();
+    }
+}

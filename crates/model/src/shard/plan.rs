@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use longhaul_backend::HeadGroups;
+use longhaul_backend::{DType, HeadGroups, KvLayout};
 use longhaul_weights::{Slice, TensorSpec};
 
 use super::{columns, heads};
@@ -78,6 +78,20 @@ impl RankShard {
             HeadGroups::Even
         } else {
             HeadGroups::Cut { size: self.group, skipped: self.query_heads.start % self.group }
+        }
+    }
+
+    /// The rank's KV pool of `blocks` blocks of `block_size` tokens.
+    pub fn kv_layout(&self, spec: &ModelSpec, block_size: usize, blocks: usize, dtype: DType) -> KvLayout {
+        KvLayout {
+            layers: spec.layers,
+            query_heads: self.query_heads.len(),
+            kv_heads: self.kv_heads.len(),
+            groups: self.head_groups(),
+            head_dim: spec.head_dim,
+            block_size,
+            blocks,
+            dtype,
         }
     }
 

@@ -92,16 +92,7 @@ fn check(spec: &ModelSpec, world_size: usize, options: &ShardOptions) {
                 assert!(cut.is_multiple_of(unit) || cut == total, "{case}: {shard:?}");
             }
         }
-        let layout = longhaul_backend::KvLayout {
-            layers: 1,
-            query_heads: shard.query_heads.len(),
-            kv_heads: shard.kv_heads.len(),
-            groups: shard.head_groups(),
-            head_dim: spec.head_dim,
-            block_size: 16,
-            blocks: 1,
-            dtype: DType::F32,
-        };
+        let layout = shard.kv_layout(spec, 16, 1, DType::F32);
         assert!(layout.is_consistent(), "{case}: {layout:?}");
         for kv_head in 0..layout.kv_heads {
             for head in layout.query_heads_of(kv_head) {
