@@ -237,9 +237,16 @@ fn a_budget_that_does_not_fit() {
 /// Kernels do nothing here, yet a step goes all its way; a fault of one ends the process with its own code.
 #[test]
 fn a_fault_has_its_own_exit_code() {
-    let (code, message) = fail(&mut on_fake("cuda", &[("FAKE_CUDA_FAULT", "embed_gather")]));
+    let fault = ("FAKE_CUDA_FAULT", "embed_gather");
+    let (code, message) = fail(&mut on_fake("cuda", &[fault]));
     assert_eq!(code, 76, "{message}");
-    assert!(message.contains("embed_gather") && message.contains("restart the process"), "{message}");
+    // It shows when somebody waits: the kernel is the last one by then.
+    for part in ["or a kernel before it", "LONGHAUL_CUDA_SYNC=1", "restart the process"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let (code, message) = fail(&mut on_fake("cuda", &[fault, ("LONGHAUL_CUDA_SYNC", "1")]));
+    assert_eq!(code, 76, "{message}");
+    assert!(message.contains("embed_gather: CUDA_ERROR_ILLEGAL_ADDRESS"), "{message}");
 }
 
 /// `auto` takes the CPU when there is a GPU that cannot be used, and says why.
