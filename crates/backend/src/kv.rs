@@ -149,6 +149,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init)] // one KV head, read by a range of heads
     fn every_query_head_reads_one_kv_head() {
         let cut = |size, skipped| HeadGroups::Cut { size, skipped };
         let cases = [

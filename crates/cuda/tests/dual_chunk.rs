@@ -27,8 +27,11 @@ fn boundaries(len: usize, local: usize) -> Vec<usize> {
     all
 }
 
-/// Chunk length, local rows (none, some, as many as a chunk has and more), page, heads, head size.
-const CASES: [(usize, usize, usize, (usize, usize), usize); 8] = [
+/// Chunk length, local rows, page, heads, head size.
+type Case = (usize, usize, usize, (usize, usize), usize);
+
+/// Local rows: none, some, as many as a chunk has and more.
+const CASES: [Case; 8] = [
     (32, 8, 16, (1, 1), 64),
     (32, 0, 32, (5, 1), 64),
     (64, 16, 64, (7, 1), 128),
@@ -44,7 +47,7 @@ fn case(index: usize, sequences: &[(usize, usize)]) -> Shape {
     Shape {
         block_size,
         chunking: chunks(len, local),
-        growing_scale: index % 2 == 0,
+        growing_scale: index.is_multiple_of(2),
         ..shape(query_heads, kv_heads, head_dim, sequences)
     }
 }
@@ -62,7 +65,7 @@ fn decode_is_right_at_every_boundary() {
 #[test]
 fn prefill_is_right_at_every_boundary() {
     for (index, options) in schedules().into_iter().cycle().take(CASES.len()).enumerate() {
-        let multiprocessors = if index % 2 == 0 { 1 } else { 64 };
+        let multiprocessors = if index.is_multiple_of(2) { 1 } else { 64 };
         let lengths: Vec<_> = boundaries(CASES[index].0, CASES[index].1)
             .into_iter()
             .filter(|n| *n <= 200)

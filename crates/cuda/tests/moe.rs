@@ -33,7 +33,7 @@ fn scores(rows: usize, count: usize, kind: &str) -> Vec<f32> {
             "one" => (i % count) as f32,
             // Half of the experts get nothing.
             "even" => {
-                if i % count % 2 == 0 {
+                if (i % count).is_multiple_of(2) {
                     4.0 + random.value()
                 } else {
                     random.value()

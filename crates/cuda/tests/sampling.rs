@@ -236,7 +236,7 @@ fn bias_and_masks_match_float64() {
             let banned: Vec<u32> = (1..vocab as u32).step_by(7).collect();
             // A third of the ids and always id 0, so that something is allowed.
             let mask: Vec<u32> =
-                (0..vocab.div_ceil(32)).map(|_| 0x2492_4924 | 1 | random.next_u64() as u32 % 2).collect();
+                (0..vocab.div_ceil(32)).map(|_| 0x2492_4924 | 1 | (random.next_u64() as u32 % 2)).collect();
             let rules = SamplingRow {
                 bias: &bias,
                 seen: &seen,

@@ -118,7 +118,7 @@ impl RankedRunner {
         let mut first = None;
         for follower in &self.followers {
             if let Err(source) = follower.finish()
-                && !first.as_ref().is_some_and(|(_, first)| !is_consequence(first))
+                && first.as_ref().is_none_or(|(_, first)| is_consequence(first))
                 && (first.is_none() || !is_consequence(&source))
             {
                 first = Some((follower.rank, source));

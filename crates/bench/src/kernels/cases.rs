@@ -13,6 +13,9 @@ use super::operands::Operands;
 /// Runs an op once on operand set `index` (modulo the sets there are).
 pub(super) type Run = Box<dyn Fn(&Context, usize) -> Result<()>>;
 
+/// Takes the operands of a case.
+type Prepare = Box<dyn Fn(&Operands) -> Result<Run>>;
+
 /// One op at one shape.
 pub struct Case {
     /// The op.
@@ -28,7 +31,7 @@ pub struct Case {
     /// Whether the op can be recorded (no copies to or from the host inside).
     pub(super) recordable: bool,
     /// Takes the operands.
-    pub(super) prepare: Box<dyn Fn(&Operands) -> Result<Run>>,
+    pub(super) prepare: Prepare,
 }
 
 const BF16: Element = Element::Bf16;

@@ -68,7 +68,7 @@ pub(super) fn limits(ctx: &Context) -> Result<(f64, f64)> {
 /// Median seconds of a replay of [`LAUNCHES`] runs.
 fn timed(ctx: &Context, run: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
     ctx.driver.begin_recording()?;
-    let recorded = (0..LAUNCHES).try_for_each(|i| run(i));
+    let recorded = (0..LAUNCHES).try_for_each(&mut *run);
     let graph = ctx.driver.end_recording();
     recorded?;
     let graph = graph?;
