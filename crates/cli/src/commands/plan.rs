@@ -158,12 +158,15 @@ fn one(report: &PlanReport, config: &PlanConfig) -> Result<()> {
     Ok(())
 }
 
+/// One of a rank's ranges.
+type PartOf = fn(&RankReport) -> &Range<usize>;
+
 /// A line a rank; columns that no rank has are left out.
 fn shards(report: &PlanReport) -> Result<()> {
     type Column<'a> = (&'a str, Box<dyn Fn(usize) -> String + 'a>);
     let ranks = &report.ranks;
     let mut columns: Vec<Column> = vec![("rank", Box::new(|r| ranks[r].rank.to_string()))];
-    let parts: [(&str, fn(&RankReport) -> &Range<usize>); 7] = [
+    let parts: [(&str, PartOf); 7] = [
         ("query heads", |r| &r.query_heads),
         ("KV heads", |r| &r.kv_heads),
         ("columns", |r| &r.columns),
