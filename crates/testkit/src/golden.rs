@@ -44,7 +44,15 @@ pub struct Golden {
     pub logits: Vec<f32>,
     /// Columns of `logits`.
     pub vocab: usize,
+    /// By how much each row's last chosen expert is more probable than the first one left out, least over the layers
+    /// (`p_k / p_(k + 1) - 1`, in float64 by `tests/fixtures/router_margins.py`); infinite without experts.
+    pub router_margins: Vec<f32>,
 }
+
+/// Router margin below which rounding activations to bf16 can choose another expert, which is then another model's logits.
+const ROUTER_TIE: f32 = 0.03;
+/// Limit on rows below [`ROUTER_TIE`]: an expert of equal weight was exchanged, nothing worse.
+const ROUTER_TIE_LIMIT: f32 = 0.2;
 
 impl Golden {
     /// Reads `golden.safetensors` in `dir`.
@@ -78,7 +86,37 @@ impl Golden {
             fail(&format!("logits: {rows} rows for {} ids", input_ids.len()));
         }
         let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        Self { name, dir: dir.to_owned(), input_ids, greedy: ids("greedy"), logits, vocab }
+        let router_margins = match std::fs::read(dir.join("router_margins.json")) {
+            Ok(json) => {
+                serde_json::from_slice(&json).unwrap_or_else(|e| fail(&format!("router_margins.json: {e}")))
+            }
+            Err(_) => vec![f32::INFINITY; rows],
+        };
+        if router_margins.len() != rows {
+            fail(&format!("router_margins.json: {} margins for {rows} rows", router_margins.len()));
+        }
+        Self { name, dir: dir.to_owned(), input_ids, greedy: ids("greedy"), logits, vocab, router_margins }
+    }
+
+    /// Fails unless logits of bf16 activations lie within `limit` of the reference, relative to its largest logit. Rows
+    /// whose router all but ties are held to a wider limit: rounding decides which expert they visit.
+    ///
+    /// # Panics
+    /// With the worst row.
+    pub fn assert_close_in_bf16(&self, name: &str, actual: &[f32], limit: f32) {
+        assert_eq!(actual.len(), self.logits.len(), "{name}: count of logits");
+        let largest = self.logits.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let rows = actual.chunks_exact(self.vocab).zip(self.logits.chunks_exact(self.vocab));
+        for (row, ((actual, expected), &margin)) in rows.zip(&self.router_margins).enumerate() {
+            let error = actual.iter().zip(expected).map(|(a, e)| (a - e).abs());
+            // A NaN is the worst error.
+            let error = error.fold(0f32, |m, e| if e <= m { m } else { e }) / largest;
+            let limit = if margin < ROUTER_TIE { limit.max(ROUTER_TIE_LIMIT) } else { limit };
+            assert!(
+                error <= limit,
+                "{name}: row {row}, router margin {margin}: {error:.3e} exceeds {limit:.1e}"
+            );
+        }
     }
 
     /// The reference logits after prompt token `index`, `[vocab]`.
@@ -90,6 +128,25 @@ impl Golden {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wrong_row_is_found_and_a_tie_is_not_an_excuse_for_nan() {
+        let mut golden = Golden::load(&goldens_dir().join("moe-shared"));
+        let ties = golden.router_margins.iter().filter(|&&m| m < ROUTER_TIE).count();
+        assert!(ties > 0 && 4 * ties < golden.input_ids.len(), "{ties} ties");
+        let right = golden.logits.clone();
+        golden.assert_close_in_bf16("right", &right, 1e-6);
+        let largest = right.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let refused = |golden: &Golden, row: usize, by: f32| {
+            let mut wrong = right.clone();
+            wrong[row * golden.vocab] += by * largest;
+            std::panic::catch_unwind(|| golden.assert_close_in_bf16("wrong", &wrong, 4e-2)).is_err()
+        };
+        golden.router_margins[0] = 1.0;
+        golden.router_margins[1] = 0.0;
+        assert!(refused(&golden, 0, 0.05) && refused(&golden, 1, 0.25) && refused(&golden, 1, f32::NAN));
+        assert!(!refused(&golden, 0, 0.03) && !refused(&golden, 1, 0.1));
+    }
 
     #[test]
     fn every_case_is_whole_and_its_first_greedy_token_follows_from_its_logits() {
