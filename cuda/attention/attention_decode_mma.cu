@@ -11,6 +11,7 @@
 // on sm_90, so 96 KB in flight at least, 2 on sm_80 (64 KB), 1 on sm_89 (32 KB). A warp issues about 380 instructions a stage
 // (sm_90a), a sixth of the slots that streaming it from an H100's memory leaves.
 #include "../common/kernel.h"
+#include "../ptx/synchronising_access.h"
 #include "flash_tile.h"
 
 namespace longhaul {
@@ -212,12 +213,11 @@ struct Decode {
             }
         }
         if (splits == 1) return;
-        __threadfence();
+        // Releases what all threads of the block have written before the barrier, and acquires what other blocks released.
         __syncthreads();
-        if (threadIdx.x == 0) *flag = atomicAdd(p.counters + pair, 1u);
+        if (threadIdx.x == 0) *flag = ptx::atom_add_acq_rel_gpu(p.counters + pair, 1u);
         __syncthreads();
         if (*flag != splits - 1) return;
-        __threadfence();
         if (threadIdx.x == 0) p.counters[pair] = 0;
         for (uint32_t head = warp; head < group; head += kWarps)
             weigh_splits(sums + head * 2, splits, weights + head * kMostSplits);

@@ -22,6 +22,7 @@ namespace {
 constexpr std::size_t kStackBytes = 128 * 1024;
 constexpr std::size_t kSignalStackBytes = 64 * 1024;
 constexpr unsigned kMaxThreadsPerBlock = 1024;
+constexpr unsigned kMaxGridYz = 65535;
 constexpr unsigned kMaxClusterBlocks = 8;  // portable
 // Resumptions of polling threads without any progress before the launch is called dead, per polling thread.
 constexpr std::uint64_t kFruitlessPolls = 256;
@@ -443,6 +444,8 @@ LaunchStats launch(const LaunchConfig& config, const std::function<void()>& body
     if (threads == 0 || threads > kMaxThreadsPerBlock)
         fail(std::to_string(threads) + " threads in a block; 1 to 1024 are possible");
     if (config.grid.count() == 0) fail("the grid is empty");
+    if (config.grid.y > kMaxGridYz || config.grid.z > kMaxGridYz)
+        fail(std::to_string(std::max(config.grid.y, config.grid.z)) + " blocks along y or z; at most 65535 are possible");
     if (config.cluster == 0 || config.cluster > kMaxClusterBlocks || config.grid.x % config.cluster != 0)
         fail("clusters of " + std::to_string(config.cluster) + " blocks in a grid of " + std::to_string(config.grid.x) +
              " along x; 1 to 8 blocks that divide the grid are possible");

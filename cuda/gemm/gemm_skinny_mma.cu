@@ -14,6 +14,7 @@
 // warp issues about 130 instructions a unit (sm_90a, 8 tokens), so 520 of the 4500 slots that streaming a unit leaves:
 // neither issue nor ldmatrix binds, and a kernel without mma for 1 to 4 rows has nothing to gain.
 #include "../common/kernel.h"
+#include "../ptx/synchronising_access.h"
 #include "skinny_tile.h"
 
 namespace longhaul {
@@ -84,12 +85,11 @@ struct Skinny {
         if (first == last) return true;
         // A run's first tile is the one it begins in the middle of, or at the start of.
         put<Tokens>(sums, partial(blockIdx.x, begin < first_unit));
-        __threadfence();
+        // Releases what all threads of the block have written before the barrier, and acquires what other blocks released.
         __syncthreads();
-        if (threadIdx.x == 0) *flag = atomicAdd(p.counters + tile, 1u);
+        if (threadIdx.x == 0) *flag = ptx::atom_add_acq_rel_gpu(p.counters + tile, 1u);
         __syncthreads();
         if (*flag != last - first) return false;
-        __threadfence();
         clear<Tokens>(sums);
         // Only the first run can have begun before the tile.
         add<Tokens>(sums, partial(first, static_cast<uint32_t>(static_cast<uint64_t>(first) * total / runs) < first_unit));

@@ -34,7 +34,7 @@ __device__ __forceinline__ float dot(const T* x, const T* weight, uint32_t k) {
 
 template <class T>
 __device__ __forceinline__ void gate_up_plain(const ExpertsParams& p) {
-    const uint32_t place = blockIdx.y, n = blockIdx.x * kWarps + threadIdx.x / 32;
+    const uint32_t place = blockIdx.x, n = blockIdx.y * kWarps + threadIdx.x / 32;
     if (n >= p.n) return;
     const uint32_t slot = p.routing.permuted_slot[place], expert = p.routing.slot_expert[slot];
     const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(slot / p.routing.top_k) * p.x_stride;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void gate_up_plain(const ExpertsParams& p) {
 
 template <class T>
 __device__ __forceinline__ void down_plain(const ExpertsParams& p) {
-    const uint32_t place = blockIdx.y, n = blockIdx.x * kWarps + threadIdx.x / 32;
+    const uint32_t place = blockIdx.x, n = blockIdx.y * kWarps + threadIdx.x / 32;
     if (n >= p.n) return;
     const uint32_t expert = p.routing.slot_expert[p.routing.permuted_slot[place]];
     const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(place) * p.x_stride;

@@ -12,6 +12,7 @@
 // were 2.4 and 1.7, 81 % and 85 %.
 #include "../common/kernel.h"
 #include "../gemm/skinny_tile.h"
+#include "../ptx/synchronising_access.h"
 #include "grouped.h"
 
 namespace longhaul {
@@ -79,12 +80,11 @@ struct Grouped {
     __device__ __forceinline__ bool merge(uint32_t index, uint32_t part, Sums<Tokens>& total, uint32_t* flag) const {
         float* slots = p.partials + static_cast<uint64_t>(index) * parts * (kThreads * Tokens) + threadIdx.x;
         put<Tokens>(total, slots + static_cast<uint64_t>(part) * (kThreads * Tokens));
-        __threadfence();
+        // Releases what all threads of the block have written before the barrier, and acquires what other blocks released.
         __syncthreads();
-        if (threadIdx.x == 0) *flag = atomicAdd(p.counters + index, 1u);
+        if (threadIdx.x == 0) *flag = ptx::atom_add_acq_rel_gpu(p.counters + index, 1u);
         __syncthreads();
         if (*flag != parts - 1) return false;
-        __threadfence();
         clear<Tokens>(total);
 #pragma unroll 4
         for (uint32_t i = 0; i < parts; ++i) add<Tokens>(total, slots + static_cast<uint64_t>(i) * (kThreads * Tokens));

@@ -104,7 +104,7 @@ fn write_table(sources: &[(PathBuf, PathBuf, PathBuf)], path: &Path) -> Result<(
         let crc32 = crc32fast::hash(&bytes);
         let _ = writeln!(
             table,
-            "    DeviceCode {{ source: {:?}, crc32: {crc32:#010x}, fatbin: include_bytes!({fatbin:?}), kernels: &{kernels:?} }},",
+            "    DeviceCode {{ source: {:?}, crc32: {crc32:#010x}, fatbin: &Aligned(*include_bytes!({fatbin:?})).0, kernels: &{kernels:?} }},",
             name.to_string_lossy(),
         );
     }

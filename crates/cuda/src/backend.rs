@@ -106,11 +106,20 @@ impl Cuda {
     /// # Errors
     /// Those of `forward` and of the driver.
     pub fn record<R>(&self, forward: impl FnOnce() -> Result<R>) -> Result<(GraphId, R)> {
-        self.ctx.driver.begin_recording()?;
-        let result = forward();
-        let graph = self.ctx.driver.end_recording();
-        let result = result?;
-        Ok((graph?, result))
+        let recorded = self.ctx.driver.begin_recording().map(|()| {
+            let result = forward();
+            (self.ctx.driver.end_recording(), result)
+        });
+        // Whatever comes of it, its step buffer is free again.
+        *self.prepared_step() = None;
+        match recorded? {
+            (Ok(graph), Ok(result)) => Ok((graph, result)),
+            (Ok(graph), Err(error)) => {
+                self.ctx.driver.drop_graph(graph);
+                Err(error)
+            }
+            (Err(error), result) => Err(result.err().unwrap_or(error.into())),
+        }
     }
 
     /// Runs a recording on the step that was last prepared.

@@ -1,7 +1,7 @@
 //! How much memory a step takes, from the model's widths: everything is taken at start.
 
 use crate::driver::{Driver, Element};
-use crate::ops::sampling;
+use crate::ops::{attention, sampling};
 use crate::tensor::padded_cols;
 
 /// Widths of the model on this rank, in elements.
@@ -53,7 +53,7 @@ impl Limits {
     }
 }
 
-/// Partial sums and work lists of split kernels: at most this, whatever the model.
+/// Partial sums and work lists of split products: at most this, whatever the model.
 const SCRATCH_BYTES: usize = 48 << 20;
 
 impl Sizes {
@@ -66,7 +66,9 @@ impl Sizes {
         let act = |cols: usize| tensor(rows, cols, element);
         let stream = tensor(rows, self.hidden, Element::F32) + 2 * act(self.hidden);
         let to_residual = tensor(rows, self.hidden, Element::F32);
-        let attention = act(self.qkv) + 2 * act(self.query) + to_residual;
+        // Partial results of every split of every sequence; a head's two sums are less than a sixteenth of its values.
+        let splits = limits.sequences * attention::MOST_SPLITS * (self.query + self.query / 16) * 4;
+        let attention = act(self.qkv) + 2 * act(self.query) + to_residual + splits;
         let dense = act(2 * self.intermediate) + act(self.intermediate) + 2 * to_residual;
         let slots = rows * self.top_k;
         let routed = tensor(slots, self.expert_intermediate, element)

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use longhaul_backend::{Backend, KvLayout, Sampled, SamplingRow, StepInputs};
+use longhaul_backend::{Backend, Error, KvLayout, Sampled, SamplingRow, StepInputs};
 use longhaul_cuda::driver::GraphId;
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::{Cuda, Tensor};
@@ -44,9 +44,18 @@ impl CudaRunner {
                 let padded = pad(inputs.clone(), bucket);
                 cuda.prepare(padded.clone(), &self.kv)?;
                 let (model, kv) = (&self.model, &mut self.kv);
-                let (graph, _) = cuda.record(|| model.forward(padded, kv).map_err(step_error))?;
-                self.graphs.insert(bucket, Some(graph));
-                graph
+                match cuda.record(|| model.forward(padded, kv).map_err(step_error)) {
+                    Ok((graph, _)) => {
+                        self.graphs.insert(bucket, Some(graph));
+                        graph
+                    }
+                    Err(error @ Error::DeviceLost(_)) => return Err(error.into()),
+                    // A device that cannot hold one more recording still runs the step op by op, as from now on.
+                    Err(_) => {
+                        self.use_graphs = false;
+                        return Ok(self.model.forward(inputs, &mut self.kv)?);
+                    }
+                }
             }
         };
         cuda.prepare(inputs, &self.kv)?;
@@ -113,6 +122,11 @@ impl Runner for CudaRunner {
 
     fn max_rows(&self) -> usize {
         self.model.backend().limits().rows
+    }
+
+    fn default_chunk(&self) -> usize {
+        // Step memory for all these rows is taken in any case.
+        self.max_rows()
     }
 
     fn max_logit_rows(&self) -> usize {

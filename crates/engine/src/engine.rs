@@ -10,10 +10,6 @@ use crate::blocks::BlockPool;
 use crate::runner::Runner;
 use crate::{EngineError, Result};
 
-/// Prompt tokens of a prefill step when the request does not say: enough rows for full matrix speed, few enough that a
-/// step's temporaries stay small.
-const DEFAULT_CHUNK: usize = 512;
-
 /// Control tokens of the family that end a turn, whatever the config files say (derived checkpoints get them wrong).
 const END_TOKENS: [&str; 2] = ["<|im_end|>", "<|endoftext|>"];
 
@@ -160,7 +156,9 @@ impl Engine {
         sink: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         self.check_prompt(prompt, 0)?;
-        let chunk = check_chunk(chunk)?.min(self.runner.max_rows()).min(self.runner.max_logit_rows());
+        let chunk = check_chunk(chunk, self.runner.default_chunk())?
+            .min(self.runner.max_rows())
+            .min(self.runner.max_logit_rows());
         self.with_sequence(prompt.len(), |engine, sequence| {
             for ids in prompt.chunks(chunk) {
                 let step = engine.step(sequence, ids, (0..ids.len()).collect());
@@ -191,7 +189,7 @@ impl Engine {
 
         let start = Instant::now();
         let total = request.prompt.len();
-        let chunk = check_chunk(request.chunk)?.min(self.runner.max_rows());
+        let chunk = check_chunk(request.chunk, self.runner.default_chunk())?.min(self.runner.max_rows());
         let mut next = None;
         for ids in request.prompt.chunks(chunk) {
             let last = sequence.length + ids.len() == total;
@@ -256,11 +254,11 @@ fn row<'a>(
     }
 }
 
-fn check_chunk(chunk: Option<usize>) -> Result<usize> {
+fn check_chunk(chunk: Option<usize>, default: usize) -> Result<usize> {
     match chunk {
         Some(0) => Err(EngineError::Parameter { name: "chunk", message: "must be at least 1".into() }),
         Some(chunk) => Ok(chunk),
-        None => Ok(DEFAULT_CHUNK),
+        None => Ok(default),
     }
 }
 
@@ -362,7 +360,7 @@ impl Generate for Engine {
 
     fn generate(&mut self, request: &Request, observer: &mut dyn Observer) -> Result<Completion> {
         request.sampling.check()?;
-        check_chunk(request.chunk)?;
+        check_chunk(request.chunk, self.runner.default_chunk())?;
         if request.max_tokens == 0 {
             return Err(EngineError::Parameter { name: "max_tokens", message: "must be at least 1".into() });
         }

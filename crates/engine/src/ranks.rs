@@ -137,7 +137,8 @@ impl RankedRunner {
 
 /// Whether only the request failed, after all ranks had done their part.
 fn is_of_the_request(error: &EngineError) -> bool {
-    matches!(error, EngineError::Backend(BackendError::NotFinite { .. }))
+    use BackendError::{NotFinite, NothingAllowed, Sampling};
+    matches!(error, EngineError::Backend(NotFinite { .. } | NothingAllowed { .. } | Sampling { .. }))
 }
 
 /// Whether this says no more than that the group has ended.

@@ -19,6 +19,12 @@ pub(crate) trait Runner: Send {
         usize::MAX
     }
 
+    /// Prompt tokens of a prefill step when the request does not say: enough rows for full matrix speed, few enough that a
+    /// step's temporaries stay small.
+    fn default_chunk(&self) -> usize {
+        512
+    }
+
     /// Most rows of a step whose logits may be wanted.
     fn max_logit_rows(&self) -> usize {
         usize::MAX

@@ -1,17 +1,19 @@
 //! Device times.
 
-use longhaul_cuda::driver::{DevicePtr, Element, Gemm, Memory};
+use longhaul_cuda::driver::{DevicePtr, Element, Gemm, GraphId, Memory};
 use longhaul_cuda::{Context, CudaError, Result};
 
 use super::cases::Case;
 use super::operands::Operands;
 
-/// Launches in one recording: what a replay costs beside them becomes small.
+/// Launches in one recording, of a short op: what a replay costs beside them becomes small.
 const LAUNCHES: usize = 32;
-/// Timed replays.
-const REPLAYS: usize = 15;
-/// Replays before the first timed one.
-const WARM_UP: usize = 3;
+/// Seconds of launches that make up a replay, at least one round of the operands.
+const REPLAY_SECONDS: f64 = 5e-3;
+/// Seconds of replays of one case.
+const CASE_SECONDS: f64 = 0.2;
+/// Least and most timed replays: a median wants a few, and more than that tells nothing.
+const REPLAYS: (usize, usize) = (3, 15);
 
 /// Seconds a launch of `case`, median.
 pub(super) fn case(ctx: &Context, case: &Case) -> Result<f64> {
@@ -19,14 +21,11 @@ pub(super) fn case(ctx: &Context, case: &Case) -> Result<f64> {
     let run = (case.prepare)(&operands)?;
     run(ctx, 0)?;
     ctx.driver.synchronise()?;
-    let seconds = if case.recordable {
-        timed(ctx, &mut |i| run(ctx, i))? / LAUNCHES as f64
-    } else {
-        let times =
-            (0..REPLAYS * 2).map(|i| elapsed(ctx, &mut || run(ctx, i))).collect::<Result<Vec<_>>>()?;
-        median(times)
-    };
-    Ok(seconds)
+    if case.recordable {
+        return timed(ctx, operands.sets(), &mut |i| run(ctx, i));
+    }
+    let times = (0..2 * REPLAYS.1).map(|i| elapsed(ctx, &mut || run(ctx, i))).collect::<Result<Vec<_>>>()?;
+    Ok(median(times))
 }
 
 /// Copy bandwidth (bytes per second, read plus written) and rate of a large library product (operations per second).
@@ -35,8 +34,7 @@ pub(super) fn limits(ctx: &Context) -> Result<(f64, f64)> {
     let from = Memory::new(&ctx.driver, COPY_BYTES, "copy source")?;
     let to = Memory::new(&ctx.driver, COPY_BYTES, "copy destination")?;
     ctx.driver.fill(from.address(), 1, COPY_BYTES)?;
-    let copy =
-        timed(ctx, &mut |_| ctx.driver.copy(to.address(), from.address(), COPY_BYTES))? / LAUNCHES as f64;
+    let copy = timed(ctx, 1, &mut |_| ctx.driver.copy(to.address(), from.address(), COPY_BYTES))?;
     drop((from, to));
 
     const N: usize = 8192;
@@ -61,25 +59,33 @@ pub(super) fn limits(ctx: &Context) -> Result<(f64, f64)> {
         out_element: Element::Bf16,
     };
     ctx.driver.gemm(&gemm)?;
-    let product = timed(ctx, &mut |_| ctx.driver.gemm(&gemm))? / LAUNCHES as f64;
+    let product = timed(ctx, 1, &mut |_| ctx.driver.gemm(&gemm))?;
     Ok((2.0 * COPY_BYTES as f64 / copy, 2.0 * (N * N * N) as f64 / product))
 }
 
-/// Median seconds of a replay of [`LAUNCHES`] runs.
-fn timed(ctx: &Context, run: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
+/// Median seconds of one of `run`'s launches, which take `sets` sets of operands in turn.
+fn timed(ctx: &Context, sets: usize, run: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
+    let once = elapsed(ctx, &mut || run(0))?;
+    // Whole rounds: a replay begins with the set that was used longest ago.
+    let wanted = ((REPLAY_SECONDS / once) as usize).clamp(1, LAUNCHES);
+    let launches = wanted.next_multiple_of(sets.max(1));
     ctx.driver.begin_recording()?;
-    let recorded = (0..LAUNCHES).try_for_each(&mut *run);
+    let recorded = (0..launches).try_for_each(&mut *run);
     let graph = ctx.driver.end_recording();
     recorded?;
     let graph = graph?;
-    for _ in 0..WARM_UP {
-        ctx.driver.replay(graph)?;
-    }
-    let times =
-        (0..REPLAYS).map(|_| elapsed(ctx, &mut || ctx.driver.replay(graph))).collect::<Result<Vec<_>>>()?;
-    Ok(median(times))
+    let times = replays(ctx, graph, once * launches as f64);
+    ctx.driver.drop_graph(graph);
+    Ok(median(times?) / launches as f64)
 }
 
+fn replays(ctx: &Context, graph: GraphId, seconds: f64) -> Result<Vec<f64>> {
+    let count = ((CASE_SECONDS / seconds) as usize).clamp(REPLAYS.0, REPLAYS.1);
+    ctx.driver.replay(graph)?;
+    (0..count).map(|_| elapsed(ctx, &mut || ctx.driver.replay(graph))).collect()
+}
+
+/// Seconds that the device spends on `work`.
 fn elapsed(ctx: &Context, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
     let milliseconds = ctx.driver.time(work)?;
     milliseconds

@@ -1,7 +1,7 @@
 //! `longhaul bench kernels`: every op at the shapes of the five models, beside the limit it is a fraction of.
 //!
-//! Times are device times of recorded launches (CUDA events around graph replays), over operands that together exceed the
-//! second-level cache, with random data. On the emulated device nothing is launched: bytes and operations are counted.
+//! Times are device times of recorded launches (CUDA events around graph replays) with random data. Weights and caches are taken
+//! in turn from sets that together exceed the second-level cache; activations of a few rows stay in it, as they do in a model. On the emulated device nothing is launched: bytes and operations are counted.
 
 mod cases;
 mod measure;

@@ -1,5 +1,6 @@
 //! Operands on the device, filled with random values.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use longhaul_backend::{KvLayout, RopeTables, StepInputs};
@@ -22,6 +23,7 @@ pub(super) struct Operands<'a> {
     ctx: &'a Context,
     bf16: Memory,
     f32: Memory,
+    sets: Cell<usize>,
 }
 
 impl<'a> Operands<'a> {
@@ -41,6 +43,7 @@ impl<'a> Operands<'a> {
             ctx,
             bf16: Memory::from_bytes(&ctx.driver, &bf16_bytes, "random values")?,
             f32: Memory::from_bytes(&ctx.driver, &f32_bytes, "random values")?,
+            sets: Cell::new(1),
         })
     }
 
@@ -55,7 +58,14 @@ impl<'a> Operands<'a> {
     /// Sets of an operand of `bytes` bytes that together are twice the second-level cache.
     pub(super) fn copies(&self, bytes: usize) -> usize {
         let cache = self.driver().properties().l2_bytes as usize;
-        (2 * cache / bytes.max(1) + 1).min(MOST_COPIES).min((MOST_BYTES / bytes.max(1)).max(1))
+        let copies = (2 * cache / bytes.max(1) + 1).min(MOST_COPIES).min((MOST_BYTES / bytes.max(1)).max(1));
+        self.sets.set(self.sets.get().max(copies));
+        copies
+    }
+
+    /// Sets of the operand that has most, which a measurement takes in turn.
+    pub(super) fn sets(&self) -> usize {
+        self.sets.get()
     }
 
     fn fill(&self, address: DevicePtr, bytes: usize, element: Element) -> Result<()> {
@@ -77,6 +87,7 @@ impl<'a> Operands<'a> {
         cols: usize,
         element: Element,
     ) -> Result<Vec<Tensor>> {
+        self.sets.set(self.sets.get().max(count));
         (0..count)
             .map(|_| {
                 let tensor = self.ctx.tensor("operand", rows, cols, element)?;

@@ -38,7 +38,8 @@ pub struct Emulated {
     options: EmulatedOptions,
     properties: DeviceProperties,
     recording: Mutex<Option<Vec<Work>>>,
-    graphs: Mutex<Vec<Vec<Work>>>,
+    /// By number; `None` once it was dropped.
+    graphs: Mutex<Vec<Option<Vec<Work>>>>,
 }
 
 /// One recorded operation.
@@ -346,17 +347,7 @@ impl Driver for Emulated {
 
     fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         const CALL: &str = "tensor_map";
-        let rank = spec.dims.len();
-        if !(2..=5).contains(&rank) || spec.strides.len() + 1 != rank || spec.box_dims.len() != rank {
-            return Err(CudaError::shape(
-                CALL,
-                format!(
-                    "{rank} dimensions, {} strides, {} extents of the box; 2 to 5, one fewer, as many are possible",
-                    spec.strides.len(),
-                    spec.box_dims.len()
-                ),
-            ));
-        }
+        let rank = spec.rank()?;
         let mut raw = RawTensor {
             address: spec.address.0,
             rank: rank as u32,
@@ -402,13 +393,19 @@ impl Driver for Emulated {
             message: "nothing is being recorded".into(),
         })?;
         let mut graphs = lock(&self.graphs);
-        graphs.push(work);
+        graphs.push(Some(work));
         Ok(GraphId(graphs.len() - 1))
+    }
+
+    fn drop_graph(&self, graph: GraphId) {
+        if let Some(work) = lock(&self.graphs).get_mut(graph.0) {
+            *work = None;
+        }
     }
 
     fn replay(&self, graph: GraphId) -> Result<()> {
         self.not_recording("replay")?;
-        let work = lock(&self.graphs).get(graph.0).cloned().ok_or_else(|| CudaError::Call {
+        let work = lock(&self.graphs).get(graph.0).cloned().flatten().ok_or_else(|| CudaError::Call {
             call: "replay".into(),
             message: format!("there is no graph {}", graph.0),
         })?;

@@ -228,6 +228,9 @@ pub trait Driver: Send + Sync {
     /// Not recording, or an operation in between that cannot be recorded.
     fn end_recording(&self) -> Result<GraphId>;
 
+    /// Gives a recording back once the stream has passed; its number is not used again.
+    fn drop_graph(&self, graph: GraphId);
+
     /// Runs a recording.
     ///
     /// # Errors
@@ -246,9 +249,7 @@ pub trait Driver: Send + Sync {
     /// A specification that breaks the rules of [`TensorMapSpec`], or a device without tensor maps.
     fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         let _ = spec;
-        Err(CudaError::Unsupported(
-            "this device has no tensor maps (they need compute capability 9.0)".into(),
-        ))
+        Err(CudaError::Unsupported("this driver makes no tensor maps".into()))
     }
 
     /// Bytes left free behind each tensor of the arena, to be checked by [`Driver::check_red_zone`]; 0 on a GPU.

@@ -3,6 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{DevicePtr, Element};
+use crate::{CudaError, Result};
 
 /// Exchange of 16-byte chunks in shared memory, by which rows of a box lie free of bank conflicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -46,6 +47,27 @@ pub struct TensorMapSpec<'a> {
     pub box_dims: &'a [u32],
     /// How the box lies in shared memory.
     pub swizzle: Swizzle,
+}
+
+impl TensorMapSpec<'_> {
+    /// Checks that the counts of dimensions, strides and extents agree; returns the dimensions.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`].
+    pub(super) fn rank(&self) -> Result<usize> {
+        let rank = self.dims.len();
+        if !(2..=5).contains(&rank) || self.strides.len() + 1 != rank || self.box_dims.len() != rank {
+            return Err(CudaError::shape(
+                "tensor_map",
+                format!(
+                    "{rank} dimensions, {} strides, {} extents of the box; 2 to 5, one fewer, as many are possible",
+                    self.strides.len(),
+                    self.box_dims.len()
+                ),
+            ));
+        }
+        Ok(rank)
+    }
 }
 
 /// An encoded tensor map, to be put into a parameter block: opaque, and valid for the driver that made it.

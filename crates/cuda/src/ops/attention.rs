@@ -76,8 +76,8 @@ const LEAST_SPLIT: usize = 128;
 pub(crate) const MOST_SPLITS: usize = 64;
 /// Most decode blocks of a multiprocessor: what the registers allow.
 const DECODE_BLOCKS_PER_MULTIPROCESSOR: u32 = 3;
-/// Static shared memory of a decode block: the work list.
-const DECODE_STATIC_SHARED: usize = 4 * (DECODE_SEQUENCES + 1) + 28;
+/// Static shared memory of a decode block: the work list, in whole KiB as the dynamic part begins at a multiple of 1024.
+const DECODE_STATIC_SHARED: usize = (4 * (DECODE_SEQUENCES + 1)).next_multiple_of(1024);
 
 /// Causal attention of the step's rows over the cache of `layer`: GQA, plain or dual-chunk positions, prefill and decode
 /// rows mixed. `q` is unrotated, `[rows, query_heads * head_dim]`; so is the result's shape.

@@ -111,14 +111,9 @@ pub fn linear_into(
         weight_stride: weight.stride as u32,
         out_stride: out.stride as u32,
     };
-    if ctx.variant == Variant::Mma && ctx.allows_mma() && x.element == Element::Bf16 {
-        let kernel = if out.element == Element::F32 { MMA_F32 } else { MMA_BF16 };
-        let tiles = x.rows.div_ceil(MMA_TILE) * weight.rows.div_ceil(MMA_TILE);
-        let geometry = Geometry::linear(tiles, MMA_THREADS).shared(MMA_SHARED);
-        return ctx.launch(&kernel, geometry, params(0, x.rows));
-    }
-    if ctx.variant == Variant::Auto && x.rows > skinny::MOST_ROWS {
-        return ctx.driver.gemm(&Gemm {
+    let many = x.rows > skinny::MOST_ROWS;
+    if ctx.variant == Variant::Auto && many {
+        let queued = ctx.driver.gemm(&Gemm {
             x: x.address(),
             x_stride: x.stride,
             weight: weight.address(),
@@ -132,6 +127,16 @@ pub fn linear_into(
             element: x.element,
             out_element: out.element,
         });
+        // What the library has no algorithm for, our kernels do.
+        if !matches!(queued, Err(CudaError::Unsupported(_))) {
+            return queued;
+        }
+    }
+    if (ctx.variant == Variant::Mma || many) && ctx.allows_mma() && x.element == Element::Bf16 {
+        let kernel = if out.element == Element::F32 { MMA_F32 } else { MMA_BF16 };
+        let tiles = x.rows.div_ceil(MMA_TILE) * weight.rows.div_ceil(MMA_TILE);
+        let geometry = Geometry::linear(tiles, MMA_THREADS).shared(MMA_SHARED);
+        return ctx.launch(&kernel, geometry, params(0, x.rows));
     }
     let kernel = match (x.element, out.element) {
         (Element::Bf16, Element::Bf16) => PLAIN_BF16,

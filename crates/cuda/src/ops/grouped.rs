@@ -61,8 +61,8 @@ const INSTANCES: [(usize, usize); 5] = [
 /// Elements of k of a part at most.
 const PART: usize = 640;
 const MOST_EXPERTS: usize = 512;
-/// Static shared memory of a block.
-const STATIC_SHARED: usize = 4 * (MOST_EXPERTS + 1) + 28;
+/// Static shared memory of a block, in whole KiB as the dynamic part begins at a multiple of 1024.
+const STATIC_SHARED: usize = (4 * (MOST_EXPERTS + 1)).next_multiple_of(1024);
 /// Most blocks of a multiprocessor: what the registers of the wide instances allow, and enough bytes in flight.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 /// Tiles of a block from which on whole waves of tiles fill the device well enough.

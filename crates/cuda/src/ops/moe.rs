@@ -269,7 +269,7 @@ pub fn experts(ctx: &Context, x: &Tensor, routing: &Routing, experts: &Experts) 
         Element::F32 => (GATE_UP_PLAIN_F32, DOWN_PLAIN_F32),
         _ => (GATE_UP_PLAIN_BF16, DOWN_PLAIN_BF16),
     };
-    let grid = |n: usize| [n.div_ceil(PLAIN_WARPS) as u32, slots as u32, 1];
+    let grid = |n: usize| [slots as u32, n.div_ceil(PLAIN_WARPS) as u32, 1];
     let threads = 32 * PLAIN_WARPS as u32;
     ctx.launch(&first, Geometry::grid(grid(intermediate), threads), gate_up)?;
     ctx.launch(&second, Geometry::grid(grid(hidden), threads), down)?;

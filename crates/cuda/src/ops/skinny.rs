@@ -70,8 +70,8 @@ const K_BLOCK: usize = 64;
 const INSTANCES: [(usize, usize); 4] = [(8, 4), (16, 4), (32, 4), (64, 3)];
 /// Most thread blocks of a multiprocessor: more would only cut tiles into more parts.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
-/// Static shared memory of a block.
-const STATIC_SHARED: usize = 16;
+/// Static shared memory of a block: a word, but the dynamic part begins at a multiple of 1024.
+const STATIC_SHARED: usize = 1024;
 /// Work units (128 weight rows, 64 of k: 16 KiB) below which a further block costs more than it brings.
 const LEAST_UNITS: usize = 2;
 

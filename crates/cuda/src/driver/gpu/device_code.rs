@@ -25,6 +25,10 @@ pub(super) struct DeviceCode {
     pub kernels: &'static [&'static str],
 }
 
+/// Bytes where nvcc would put them: fatbins begin at a multiple of 8.
+#[repr(C, align(16))]
+struct Aligned<const N: usize>([u8; N]);
+
 // Defines `DEVICE_CODE`.
 include!(concat!(env!("OUT_DIR"), "/device_code.rs"));
 

@@ -170,7 +170,7 @@ impl Products {
     /// Queues the product. With [`Bias::InOutput`], the output holds the bias. The context is current.
     ///
     /// # Errors
-    /// [`CudaError::Unsupported`] for elements the library has no product of; [`CudaError::Call`] for operands it refuses.
+    /// [`CudaError::Unsupported`] for elements or shapes the library has no product of; [`CudaError::Call`] for operands it refuses.
     pub fn run(&mut self, gemm: &Gemm) -> Result<()> {
         let key = Key::new(gemm);
         let failed = |error: CublasError| CudaError::Call {
@@ -181,7 +181,12 @@ impl Products {
             if self.plans.len() == MOST_PLANS {
                 self.plans.clear();
             }
-            let plan = Plan::choose(self.handle, &key)?.map_err(failed)?;
+            let plan = Plan::choose(self.handle, &key)?.map_err(|error| match error {
+                CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED) => {
+                    CudaError::Unsupported(format!("cuBLASLt has no algorithm for {gemm:?}"))
+                }
+                other => failed(other),
+            })?;
             self.plans.insert(key, plan);
         }
         let Some(plan) = self.plans.get(&key) else { return Ok(()) };

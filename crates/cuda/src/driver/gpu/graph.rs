@@ -17,7 +17,8 @@ pub(super) struct Graphs {
     recording: bool,
     /// Memory given back during a recording: freeing waits for the device, which a recording may not.
     freed: Vec<CUdeviceptr>,
-    graphs: Vec<Graph>,
+    /// By number; `None` once it was dropped.
+    graphs: Vec<Option<Graph>>,
 }
 
 /// An instantiated graph.
@@ -106,8 +107,15 @@ impl Graphs {
         // SAFETY: both handles live.
         Status::of(unsafe { sys::cuGraphUpload(graph.0, self.stream.raw()) })
             .map_err(|status| blame("end_recording (upload)", status))?;
-        self.graphs.push(graph);
+        self.graphs.push(Some(graph));
         Ok(GraphId(self.graphs.len() - 1))
+    }
+
+    /// Destroys a recording that no queued work uses any more.
+    pub fn remove(&mut self, id: GraphId) {
+        if let Some(graph) = self.graphs.get_mut(id.0) {
+            *graph = None;
+        }
     }
 
     /// Queues a recording.
@@ -116,7 +124,7 @@ impl Graphs {
     /// Recording; no such graph; the driver's.
     pub fn replay(&self, id: GraphId, blame: Blame<'_>) -> Result<()> {
         self.not_recording("replay")?;
-        let graph = self.graphs.get(id.0).ok_or_else(|| CudaError::Call {
+        let graph = self.graphs.get(id.0).and_then(Option::as_ref).ok_or_else(|| CudaError::Call {
             call: "replay".into(),
             message: format!("there is no graph {}", id.0),
         })?;

@@ -12,6 +12,7 @@ mod libraries;
 mod probe;
 mod staging;
 mod status;
+mod tensor_map;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +25,7 @@ use self::gemm::{Bias, Products, WORKSPACE_BYTES};
 use self::graph::Graphs;
 use self::staging::{Downloads, Uploads};
 use self::status::{Status, check};
-use super::{DeviceProperties, DevicePtr, Driver, Gemm, Geometry, GraphId};
+use super::{DeviceProperties, DevicePtr, Driver, Gemm, Geometry, GraphId, TensorMap, TensorMapSpec};
 use crate::{CudaError, Result};
 
 /// Waits after every launch, so that a fault names its kernel (debugging; slow).
@@ -73,7 +74,10 @@ impl Gpu {
         let code = device_code::device_code();
         device_code::verify(code)?;
         let stream = Stream::new(device)?;
-        let functions = Functions::load(&stream, code, &crate::kernels(), &properties)?;
+        let kernels = crate::kernels();
+        #[cfg(feature = "conformance")]
+        let kernels = [kernels, crate::conformance::KERNELS.to_vec()].concat();
+        let functions = Functions::load(&stream, code, &kernels, &properties)?;
         let uploads = Uploads::new(&stream)?;
         let downloads = Downloads::new(&stream)?;
         let workspace = DevicePtr(allocate(WORKSPACE_BYTES, "workspace of matrix products")?);
@@ -284,6 +288,18 @@ impl Driver for Gpu {
         self.wait_if_synchronous("a matrix product of cuBLASLt")
     }
 
+    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
+        // Without the instructions the driver may lack the call, too.
+        if self.properties.compute_capability < 90 {
+            return Err(CudaError::Unsupported(format!(
+                "{} has no tensor maps: they need compute capability 9.0",
+                self.properties.name
+            )));
+        }
+        self.stream.bind()?;
+        tensor_map::encode(spec)
+    }
+
     fn synchronise(&self) -> Result<()> {
         self.stream.bind()?;
         lock(&self.graphs).not_recording("synchronise")?;
@@ -298,6 +314,12 @@ impl Driver for Gpu {
     fn end_recording(&self) -> Result<GraphId> {
         self.stream.bind()?;
         lock(&self.graphs).end(&|call, status| self.blame(call, status))
+    }
+
+    fn drop_graph(&self, graph: GraphId) {
+        let _ = self.stream.bind();
+        let _ = self.stream.wait();
+        lock(&self.graphs).remove(graph);
     }
 
     fn replay(&self, graph: GraphId) -> Result<()> {
