@@ -28,20 +28,22 @@ __device__ __forceinline__ void load_eight(const float* source, float (&values)[
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 __device__ __forceinline__ void load_eight(const Bf16* source, float (&values)[8]) {
-    alignas(16) Bf16 parts[8];
-    *reinterpret_cast<uint4*>(parts) = *reinterpret_cast<const uint4*>(source);
+    const uint4 raw = *reinterpret_cast<const uint4*>(source);
+    const ptx::uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = to_float(parts[i]);
+    for (int i = 0; i < 4; ++i) {
+        values[2 * i] = __uint_as_float(pairs[i] << 16);
+        values[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
 }
 __device__ __forceinline__ void store_eight(float* destination, const float (&values)[8]) {
     reinterpret_cast<float4*>(destination)[0] = make_float4(values[0], values[1], values[2], values[3]);
     reinterpret_cast<float4*>(destination)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 __device__ __forceinline__ void store_eight(Bf16* destination, const float (&values)[8]) {
-    alignas(16) Bf16 parts[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) parts[i] = from_float<Bf16>(values[i]);
-    *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(parts);
+    *reinterpret_cast<uint4*>(destination) =
+        make_uint4(ptx::cvt_bf16x2(values[0], values[1]), ptx::cvt_bf16x2(values[2], values[3]),
+                   ptx::cvt_bf16x2(values[4], values[5]), ptx::cvt_bf16x2(values[6], values[7]));
 }
 
 }  // namespace longhaul

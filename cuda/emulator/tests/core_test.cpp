@@ -214,12 +214,13 @@ TEST(impossible_launches_are_refused) {
     const auto refused = [](const LaunchConfig& config) {
         return contains(fault_of([&] { emulator::launch(config, [] {}); }), "invalid argument");
     };
-    LaunchConfig threads, shared, grid, resident;
+    LaunchConfig threads, shared, grid, tall, resident;
     threads.block = dim3(1025);
     shared.dynamic_shared_bytes = 227 * 1024 + 1;
     grid.grid = dim3(0);
+    tall.grid = dim3(1, 65536);
     resident.resident_blocks = 0;
-    CHECK(refused(threads) && refused(shared) && refused(grid) && refused(resident));
+    CHECK(refused(threads) && refused(shared) && refused(grid) && refused(tall) && refused(resident));
 }
 
 TEST(a_launch_after_a_fault_works) {
