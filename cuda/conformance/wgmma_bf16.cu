@@ -7,13 +7,11 @@ struct Bf16 {};
 }  // namespace conformance
 #endif
 
-#define CONFORMANCE_WGMMA(n) \
-    LONGHAUL_KERNEL(conformance_wgmma_bf16_n##n, conformance::Params, 128, conformance::wgmma<conformance::Bf16, n>)
-CONFORMANCE_WGMMA(8)
-CONFORMANCE_WGMMA(16)
-CONFORMANCE_WGMMA(32)
-CONFORMANCE_WGMMA(64)
-CONFORMANCE_WGMMA(96)
-CONFORMANCE_WGMMA(128)
-CONFORMANCE_WGMMA(192)
-CONFORMANCE_WGMMA(256)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n8, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 8>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n16, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 16>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n32, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 32>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n64, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 64>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n96, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 96>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n128, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 128>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n192, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 192>)
+LONGHAUL_KERNEL(conformance_wgmma_bf16_n256, conformance::Params, 128, conformance::wgmma<conformance::Bf16, 256>)

@@ -107,7 +107,7 @@ pub(super) fn device(ordinal: usize) -> Result<(CUdevice, DeviceProperties)> {
 /// The driver's.
 pub(super) fn properties(device: CUdevice) -> Result<DeviceProperties> {
     use CUdevice_attribute::*;
-    let attribute = |which: CUdevice_attribute| {
+    let attribute = |which: CUdevice_attribute| -> Result<u32> {
         let mut value = 0;
         // SAFETY: `value` is a live local; the device came from the driver.
         check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, which, device) })?;

@@ -1,5 +1,7 @@
 //! Tensor maps by cuTensorMapEncodeTiled.
 
+use std::mem::MaybeUninit;
+
 use cudarc::driver::sys::{
     self, CUtensorMap, CUtensorMapDataType_enum as DataType, CUtensorMapFloatOOBfill_enum as Fill,
     CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
@@ -32,13 +34,13 @@ pub(super) fn encode(spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         Swizzle::Bytes128 => RawSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
     };
     let element_strides = [1u32; MOST_DIMS];
-    let mut map = TensorMap([0; 16]);
-    let raw: *mut TensorMap = &mut map;
-    // SAFETY: `TensorMap` has the size and alignment of `CUtensorMap`, which the driver fills; the arrays have `rank` entries
-    // (the strides one fewer, as the driver reads), at most `MOST_DIMS`.
+    // The driver's type may ask for a stricter alignment than parameter blocks have.
+    let mut raw = MaybeUninit::<CUtensorMap>::zeroed();
+    // SAFETY: the driver fills `raw`; the arrays have `rank` entries (the strides one fewer, as the driver reads), at most
+    // `MOST_DIMS`.
     let result = unsafe {
         sys::cuTensorMapEncodeTiled(
-            raw.cast::<CUtensorMap>(),
+            raw.as_mut_ptr(),
             kind,
             rank as u32,
             spec.address.0 as *mut _,
@@ -53,8 +55,9 @@ pub(super) fn encode(spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         )
     };
     check("cuTensorMapEncodeTiled", result)?;
-    Ok(map)
+    // SAFETY: as large, every byte was set, and any words are a `TensorMap`.
+    Ok(unsafe { raw.as_ptr().cast::<TensorMap>().read() })
 }
 
 const _: () = assert!(size_of::<TensorMap>() == size_of::<CUtensorMap>());
-const _: () = assert!(align_of::<TensorMap>() >= align_of::<CUtensorMap>());
+const _: () = assert!(align_of::<TensorMap>() <= align_of::<CUtensorMap>());
