@@ -64,10 +64,12 @@ pub struct LatencyReport {
     pub prefill_gflop_s: f64,
     /// Bytes that decoding a token must read: active weights once, the cache so far.
     pub decode_bytes_per_token: u64,
-    /// Bytes per second that a plain copy moves (read plus written).
-    pub copy_bytes_per_second: f64,
+    /// Bytes per second that a plain copy of the host's memory moves (read plus written); absent where the model is not in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copy_bytes_per_second: Option<f64>,
     /// Bytes per second of the median decode over those of the copy.
-    pub decode_fraction_of_copy: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_fraction_of_copy: Option<f64>,
 }
 
 /// Measures prefill and decode of one request, greedy, on a fixed pseudo-random prompt.
@@ -101,7 +103,7 @@ pub fn latency(
         .sum();
     let middle = config.input_len + config.output_len / 2;
     let decode_bytes = spec.decode_bytes(middle, spec.dtype.unwrap_or(DType::BF16), DType::F32);
-    let copy = copy_bandwidth(config.threads, 5);
+    let copy = engine.is_on_host().then(|| copy_bandwidth(config.threads, 5));
     Ok(LatencyReport {
         model: engine.name().into(),
         device: engine.device().into(),
@@ -111,7 +113,7 @@ pub fn latency(
         prefill_gflop_s: flops as f64 * prefill.median / config.input_len as f64 / 1e9,
         decode_bytes_per_token: decode_bytes,
         copy_bytes_per_second: copy,
-        decode_fraction_of_copy: decode_bytes as f64 * decode.median / copy,
+        decode_fraction_of_copy: copy.map(|copy| decode_bytes as f64 * decode.median / copy),
         prefill_tok_s: prefill,
         decode_tok_s: decode,
     })
@@ -130,13 +132,17 @@ impl fmt::Display for LatencyReport {
         )?;
         write!(
             f,
-            "decode  {:>6} tokens  {:>26} tok/s  {:.1} GB/s, {:.0} % of the {:.1} GB/s that a copy moves",
+            "decode  {:>6} tokens  {:>26} tok/s  {:.1} GB/s",
             self.output_len,
             spread(&self.decode_tok_s),
             self.decode_bytes_per_token as f64 * self.decode_tok_s.median / 1e9,
-            100.0 * self.decode_fraction_of_copy,
-            self.copy_bytes_per_second / 1e9,
-        )
+        )?;
+        match (self.decode_fraction_of_copy, self.copy_bytes_per_second) {
+            (Some(fraction), Some(copy)) => {
+                write!(f, ", {:.0} % of the {:.1} GB/s that a copy moves", 100.0 * fraction, copy / 1e9)
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -124,6 +124,10 @@ impl Runner for CudaRunner {
         self.model.backend().limits().rows
     }
 
+    fn is_on_host(&self) -> bool {
+        false
+    }
+
     fn default_chunk(&self) -> usize {
         // Step memory for all these rows is taken in any case.
         self.max_rows()

@@ -69,6 +69,11 @@ impl Engine {
         &self.device
     }
 
+    /// Whether the model reads the host's memory: it runs on the CPU.
+    pub fn is_on_host(&self) -> bool {
+        self.runner.is_on_host()
+    }
+
     /// What the user should know about how the model was loaded: a smaller context than the checkpoint's, an idle GPU.
     pub fn notes(&self) -> &[String] {
         &self.notes

@@ -25,6 +25,11 @@ pub(crate) trait Runner: Send {
         512
     }
 
+    /// Whether steps read the host's memory.
+    fn is_on_host(&self) -> bool {
+        true
+    }
+
     /// Most rows of a step whose logits may be wanted.
     fn max_logit_rows(&self) -> usize {
         usize::MAX
