@@ -10,7 +10,7 @@
 //! Every exchange carries a description of the call, so ranks that call different things fail instead of mixing data. The
 //! first failure (a rank gone, a deadline, a disagreement, an abort) is recorded in the memory and ends the group for all.
 //!
-//! Invariant: `unsafe` lives in [`mapping`] and nowhere else; a peer that writes rubbish can spoil values, not memory.
+//! Invariant: `unsafe` lives in module `mapping` and nowhere else; a peer that writes rubbish can spoil values, not memory.
 #![deny(unsafe_code)]
 
 mod element;
