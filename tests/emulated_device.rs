@@ -10,9 +10,10 @@ const BF16_TOLERANCE: f32 = 4e-2;
 /// With f32 activations, weights and KV cache.
 const F32_TOLERANCE: f32 = 1e-3;
 
-/// With an fp8 KV cache whose scales are 1. e4m3 keeps three bits of mantissa, so a key or value is off by up to 1/16 of itself;
-/// averaged over the elements of a head and over the keys, and over layers that add up, that is what is left in the logits.
-const FP8_CACHE_TOLERANCE: f32 = 1.5e-1;
+/// With an fp8 KV cache whose scales are 1. e4m3 keeps three bits of mantissa, fewer below 2^-6, where many values of these small
+/// random checkpoints lie: 0.10 to 0.20 were found over the goldens. `crates/cuda/tests` hold the kernels to float64 over the
+/// rounded cache.
+const FP8_CACHE_TOLERANCE: f32 = 2.5e-1;
 
 /// Every golden, whole and chunked, with eager and lazy copies: each run takes another schedule of the emulator.
 #[test]

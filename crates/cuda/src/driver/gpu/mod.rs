@@ -74,10 +74,7 @@ impl Gpu {
         let code = device_code::device_code();
         device_code::verify(code)?;
         let stream = Stream::new(device)?;
-        let kernels = crate::kernels();
-        #[cfg(feature = "conformance")]
-        let kernels = [kernels, crate::conformance::KERNELS.to_vec()].concat();
-        let functions = Functions::load(&stream, code, &kernels, &properties)?;
+        let functions = Functions::load(&stream, code, &crate::kernels(), &properties)?;
         let uploads = Uploads::new(&stream)?;
         let downloads = Downloads::new(&stream)?;
         let workspace = DevicePtr(allocate(WORKSPACE_BYTES, "workspace of matrix products")?);
