@@ -11,9 +11,7 @@ pub fn kernels(root: &Path) -> Vec<PathBuf> {
         .unwrap_or_else(|e| panic!("{}: {e}", root.display()))
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.is_dir() && !NOT_KERNELS.iter().any(|name| path.ends_with(name)))
-        .filter(|path| {
-            !path.ends_with("conformance") || std::env::var_os("CARGO_FEATURE_CONFORMANCE").is_some()
-        })
+        .filter(|path| cfg!(feature = "conformance") || !path.ends_with("conformance"))
         .collect();
     folders.sort();
     folders.iter().flat_map(|folder| files(folder, "cu")).collect()
