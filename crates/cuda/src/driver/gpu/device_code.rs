@@ -90,10 +90,10 @@ unsafe impl Send for Functions {}
 unsafe impl Sync for Functions {}
 
 impl Functions {
-    /// Loads `code` and resolves every kernel of `registry`. The context is current.
+    /// Loads `code`, which has been verified, and resolves every kernel of `registry`. The context is current.
     ///
     /// # Errors
-    /// [`CudaError::Unavailable`]: corrupt code, none for this device, or a kernel that is missing or takes another parameter
+    /// [`CudaError::Unavailable`]: code that the driver does not take, none for this device, or a kernel that is missing or takes another parameter
     /// block than this crate passes. [`CudaError::OutOfMemory`].
     pub fn load(
         stream: &Arc<Stream>,
@@ -101,7 +101,6 @@ impl Functions {
         registry: &[KernelInfo],
         properties: &DeviceProperties,
     ) -> Result<Self> {
-        verify(code)?;
         let infos: HashMap<&str, &KernelInfo> = registry.iter().map(|info| (info.name, info)).collect();
         let modules = Modules { stream: stream.clone(), raw: Vec::with_capacity(code.len()) };
         let mut this = Self { modules, by_name: HashMap::with_capacity(registry.len()) };
