@@ -150,6 +150,11 @@ impl Channel {
         self.stream.set_nonblocking(false).is_ok() && open
     }
 
+    /// What [`Self::is_open`] found.
+    pub(crate) fn closed(&self) -> NodesError {
+        self.lost(&io::ErrorKind::UnexpectedEof.into())
+    }
+
     pub(crate) fn malformed(&self, message: impl Into<String>) -> NodesError {
         NodesError::Malformed { peer: self.peer.clone(), message: message.into() }
     }

@@ -110,7 +110,7 @@ impl Leader {
     /// Waits for ranks 1 to `identity.world_size - 1` and starts them together: their channels, in rank order.
     ///
     /// Whoever has no key of ours, or speaks another protocol, is turned away and given to `report`; the others can
-    /// still come.
+    /// still come. So is a rank that joined and was lost before all were there: started again, it takes its place.
     ///
     /// # Errors
     /// [`NodesError::Refused`] when a node does not fit, [`NodesError::Incomplete`] at the deadline,
@@ -154,6 +154,14 @@ impl Leader {
         let mut number = 0;
         std::thread::scope(|scope| {
             let outcome = loop {
+                // Whoever joined and died meanwhile does not count: it may be started again.
+                joined.retain(|_, channel: &mut Channel| {
+                    let open = channel.is_open();
+                    if !open {
+                        report(&channel.closed());
+                    }
+                    open
+                });
                 if joined.len() + 1 >= identity.world_size {
                     break Ok(());
                 }
@@ -265,7 +273,6 @@ fn admit(
         let expected = format!("1 to {}", identity.world_size.saturating_sub(1));
         return Err(refuse(&mut channel, rank, "rank", expected, rank.to_string()));
     }
-    // A worker that was started again takes the place of its former self.
     if let Some(other) = joined.get(&rank).filter(|other| other.is_open()) {
         let taken = format!("taken by {}", other.peer());
         return Err(refuse(&mut channel, rank, "rank", taken, rank.to_string()));

@@ -179,19 +179,31 @@ fn a_rank_can_be_taken_once_while_it_lives() {
     });
 }
 
+/// Also when the others come first: its former self does not make the group complete.
 #[test]
 fn a_worker_that_was_started_again_takes_its_place() {
-    let (leader, address) = leader();
-    let (short, long) = (identity(3), identity(3));
-    std::thread::scope(|scope| {
-        let led = scope.spawn(move || leader.gather(&key(), &long, PATIENT, &mut |_| ()).map(|c| c.len()));
-        // Gives up waiting for rank 2 and closes its connection.
-        assert!(join(&address.to_string(), 1, &key(), &short, HASTY).is_err());
-        let again = scope.spawn(|| join(&address.to_string(), 1, &key(), &short, PATIENT).is_ok());
-        let other = scope.spawn(|| join(&address.to_string(), 2, &key(), &short, PATIENT).is_ok());
-        assert!(again.join().unwrap() && other.join().unwrap());
-        assert_eq!(led.join().unwrap().unwrap(), 2);
-    });
+    for order in [[1, 2], [2, 1]] {
+        let (leader, address) = leader();
+        let identity = identity(3);
+        std::thread::scope(|scope| {
+            let identity = &identity;
+            let led = scope.spawn(move || leader.gather(&key(), identity, PATIENT, &mut |_| ()));
+            // Gives up waiting for rank 2 and closes its connection.
+            assert!(join(&address.to_string(), 1, &key(), identity, HASTY).is_err());
+            let joins = order.map(|rank| {
+                let joining =
+                    scope.spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT));
+                std::thread::sleep(Duration::from_millis(200));
+                joining
+            });
+            let mut led = led.join().unwrap().unwrap();
+            for (rank, joining) in order.into_iter().zip(joins) {
+                led[rank - 1].send(b"step", PATIENT.join).unwrap();
+                let mut worker = joining.join().unwrap().unwrap();
+                assert_eq!(worker.receive(16, PATIENT.join).unwrap(), b"step");
+            }
+        });
+    }
 }
 
 #[test]
