@@ -40,6 +40,7 @@ impl Rank<'_> {
             logit_rows: (0..ids.len()).collect(),
         };
         let logits = self.model.forward(inputs, &mut self.kv).unwrap().unwrap();
+        let logits = self.model.gather_logits(logits).unwrap();
         self.model.backend().to_host(&logits).unwrap()
     }
 }

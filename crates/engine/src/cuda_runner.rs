@@ -108,14 +108,17 @@ fn pad(mut inputs: StepInputs, rows: usize) -> StepInputs {
 impl Runner for CudaRunner {
     fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
         match self.forward(inputs)? {
-            Some(logits) => Ok(self.model.backend().sample(&logits, rows)?),
+            Some(logits) => {
+                let logits = self.model.gather_logits(logits)?;
+                Ok(self.model.backend().sample(&logits, rows)?)
+            }
             None => Ok(Vec::new()),
         }
     }
 
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
         match self.forward(inputs)? {
-            Some(logits) => Ok(self.model.backend().to_host(&logits)?),
+            Some(logits) => Ok(self.model.backend().to_host(&self.model.gather_logits(logits)?)?),
             None => Ok(Vec::new()),
         }
     }

@@ -62,7 +62,10 @@ impl CpuRunner {
     /// This rank's part of a step whose logits other ranks read.
     pub(crate) fn follow(&mut self, inputs: StepInputs) -> Result<()> {
         let (model, kv) = (&self.model, &mut self.kv);
-        Ok(model.backend().install(|| model.forward(inputs, kv).map(drop))?)
+        Ok(model.backend().install(|| {
+            let logits = model.forward(inputs, kv)?;
+            logits.map_or(Ok(()), |logits| model.gather_logits(logits).map(drop))
+        })?)
     }
 }
 
@@ -71,7 +74,7 @@ impl Runner for CpuRunner {
         let (model, kv) = (&self.model, &mut self.kv);
         let cpu = model.backend();
         cpu.install(|| match model.forward(inputs, kv)? {
-            Some(logits) => Ok(cpu.sample(&logits, rows)?),
+            Some(logits) => Ok(cpu.sample(&model.gather_logits(logits)?, rows)?),
             None => Ok(Vec::new()),
         })
     }
@@ -80,7 +83,7 @@ impl Runner for CpuRunner {
         let (model, kv) = (&self.model, &mut self.kv);
         let cpu = model.backend();
         cpu.install(|| match model.forward(inputs, kv)? {
-            Some(logits) => Ok(cpu.to_host(&logits)?),
+            Some(logits) => Ok(cpu.to_host(&model.gather_logits(logits)?)?),
             None => Ok(Vec::new()),
         })
     }

@@ -223,8 +223,8 @@ impl<B: Backend> Model<B> {
         Ok(self.backend.kv_cache(layout)?)
     }
 
-    /// Runs one step: writes the rows' K and V to `kv` and returns the logits `[logit_rows, vocab]` of the rows that
-    /// want them (`None` if none does). Every rank of a group runs the same steps, and all get the whole logits.
+    /// Runs one step: writes the rows' K and V to `kv` and returns the logits of the rows that want them (`None` if none
+    /// does), of this rank's share of the vocabulary: `[logit_rows, share]`. Every rank of a group runs the same steps.
     ///
     /// In the last layer only K and V are needed of the rows without logits, so everything after them runs on the logit
     /// rows alone.
@@ -272,7 +272,14 @@ impl<B: Backend> Model<B> {
         let x = b.logit_rows(&x, step)?;
         let residual = residual.map(|stream| b.logit_rows(&stream, step)).transpose()?;
         let (normed, _) = b.add_rms_norm(x, residual, &self.norm, self.eps)?;
-        let logits = b.logits(&normed, &self.lm_head)?;
-        Ok(Some(b.all_gather(logits, &self.vocabulary_shares)?))
+        Ok(Some(b.logits(&normed, &self.lm_head)?))
+    }
+
+    /// The whole logits `[logit_rows, vocab]` of what [`Model::forward`] returned, the same on all ranks; all must ask.
+    ///
+    /// # Errors
+    /// The device's, or a rank that failed.
+    pub fn gather_logits(&self, logits: B::Tensor) -> Result<B::Tensor> {
+        Ok(self.backend.all_gather(logits, &self.vocabulary_shares)?)
     }
 }
