@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use longhaul_nodes::{Channel, Identity, Key, Leader, NodesError, PROTOCOL, Timeouts, join};
+use longhaul_nodes::{Channel, Identity, Key, Leader, NodesError, PROTOCOL, Timeouts, Waiting, join};
 
 type Result<T> = std::result::Result<T, NodesError>;
 
@@ -24,9 +24,17 @@ fn identity(world_size: usize) -> Identity {
 }
 
 /// Long enough for a busy machine where something is to happen.
-const PATIENT: Timeouts = Timeouts { join: Duration::from_secs(60), greeting: Duration::from_secs(30) };
+const PATIENT: Timeouts = Timeouts {
+    join: Duration::from_secs(60),
+    greeting: Duration::from_secs(30),
+    notice: Duration::from_secs(10),
+};
 /// For what is to time out.
-const HASTY: Timeouts = Timeouts { join: Duration::from_secs(2), greeting: Duration::from_secs(1) };
+const HASTY: Timeouts = Timeouts {
+    join: Duration::from_secs(2),
+    greeting: Duration::from_secs(1),
+    notice: Duration::from_millis(300),
+};
 
 fn leader() -> (Leader, SocketAddr) {
     let leader = Leader::bind("127.0.0.1:0").unwrap();
@@ -43,7 +51,8 @@ fn meet(
     let (leader, address) = leader();
     let mut reports = Vec::new();
     std::thread::scope(|scope| {
-        let worker = scope.spawn(move || join(&address.to_string(), rank, &worker_key, &theirs, PATIENT));
+        let worker =
+            scope.spawn(move || join(&address.to_string(), rank, &worker_key, &theirs, PATIENT, &mut |_| ()));
         let led = leader.gather(&key(), ours, timeouts, &mut |error| reports.push(error.to_string()));
         (led, worker.join().unwrap(), reports)
     })
@@ -59,7 +68,9 @@ fn nodes_meet_in_any_order_and_talk() {
             let workers: Vec<_> = [3, 1, 2]
                 .map(|rank| {
                     let identity = &identity;
-                    scope.spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT).unwrap())
+                    scope.spawn(move || {
+                        join(&address.to_string(), rank, &key(), identity, PATIENT, &mut |_| ()).unwrap()
+                    })
                 })
                 .into();
             if leader_is_late {
@@ -162,7 +173,7 @@ fn a_rank_can_be_taken_once_while_it_lives() {
     std::thread::scope(|scope| {
         let start = || {
             let identity = &identity;
-            scope.spawn(move || join(&address.to_string(), 1, &key(), identity, PATIENT))
+            scope.spawn(move || join(&address.to_string(), 1, &key(), identity, PATIENT, &mut |_| ()))
         };
         let workers = [start(), start()];
         let led = leader.gather(&key(), &identity, PATIENT, &mut |_| ()).map(|_| ()).unwrap_err();
@@ -189,10 +200,10 @@ fn a_worker_that_was_started_again_takes_its_place() {
             let identity = &identity;
             let led = scope.spawn(move || leader.gather(&key(), identity, PATIENT, &mut |_| ()));
             // Gives up waiting for rank 2 and closes its connection.
-            assert!(join(&address.to_string(), 1, &key(), identity, HASTY).is_err());
+            assert!(join(&address.to_string(), 1, &key(), identity, HASTY, &mut |_| ()).is_err());
             let joins = order.map(|rank| {
-                let joining =
-                    scope.spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT));
+                let joining = scope
+                    .spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT, &mut |_| ()));
                 std::thread::sleep(Duration::from_millis(200));
                 joining
             });
@@ -234,7 +245,7 @@ fn strangers_do_not_harm_the_group() {
                 .map(|c| c.len())
         });
         let reports: Vec<String> = reports.iter().take(4).collect();
-        join(&address.to_string(), 1, &key(), identity, PATIENT).unwrap();
+        join(&address.to_string(), 1, &key(), identity, PATIENT, &mut |_| ()).unwrap();
         assert_eq!(led.join().unwrap().unwrap(), 1);
         let reports = reports.join("\n");
         for words in ["not a frame", "4294967295 bytes; at most 4096", "no greeting", "closed the connection"]
@@ -251,9 +262,12 @@ fn who_does_not_come_is_named_and_those_who_came_are_told() {
     let (leader, address) = leader();
     let identity = identity(4);
     std::thread::scope(|scope| {
-        let worker = scope.spawn(|| join(&address.to_string(), 2, &key(), &identity, PATIENT));
-        let timeouts = Timeouts { join: Duration::from_secs(2), ..PATIENT };
-        let error = leader.gather(&key(), &identity, timeouts, &mut |_| ()).map(|_| ()).unwrap_err();
+        let worker = scope.spawn(|| join(&address.to_string(), 2, &key(), &identity, PATIENT, &mut |_| ()));
+        let mut waited = Vec::new();
+        let mut report = |waiting: &Waiting<'_>| waited.push(waiting.to_string());
+        let timeouts = Timeouts { greeting: PATIENT.greeting, ..HASTY };
+        let error = leader.gather(&key(), &identity, timeouts, &mut report).map(|_| ()).unwrap_err();
+        assert!(waited.last().unwrap().starts_with("waiting for node 1, 3 for "), "{waited:?}");
         assert_eq!(error.to_string(), "after 2s rank 1, 3 had not joined");
         assert_eq!(error.exit_code(), 75);
         let error = worker.join().unwrap().map(|_| ()).unwrap_err();
@@ -265,7 +279,11 @@ fn who_does_not_come_is_named_and_those_who_came_are_told() {
 #[test]
 fn a_leader_that_never_comes_is_named() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let error = join(&address.to_string(), 1, &key(), &identity(2), HASTY).map(|_| ()).unwrap_err();
+    let mut waited = Vec::new();
+    let mut report = |waiting: &Waiting<'_>| waited.push(waiting.to_string());
+    let error =
+        join(&address.to_string(), 1, &key(), &identity(2), HASTY, &mut report).map(|_| ()).unwrap_err();
+    assert!(waited[0].starts_with(&format!("waiting for the leader at {address} for ")), "{waited:?}");
     assert!(matches!(error, NodesError::NoLeader { .. }) && error.exit_code() == 75, "{error}");
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
@@ -297,8 +315,8 @@ fn a_changed_frame_is_noticed() {
                 let _ = to.shutdown(std::net::Shutdown::Both);
             });
         });
-        let worker =
-            scope.spawn(|| join(&middle_address.to_string(), 1, &key(), &identity, PATIENT).unwrap());
+        let worker = scope
+            .spawn(|| join(&middle_address.to_string(), 1, &key(), &identity, PATIENT, &mut |_| ()).unwrap());
         let mut channels = leader.gather(&key(), &identity, PATIENT, &mut |_| ()).unwrap();
         channels[0].send(b"plan", PATIENT.join).unwrap();
         channels[0].send(b"token 17", PATIENT.join).unwrap();
