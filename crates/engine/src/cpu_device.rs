@@ -12,7 +12,7 @@ use longhaul_weights::TensorSource;
 
 use crate::device::{DeviceOptions, Placed};
 use crate::ranks::{Follower, RankedRunner};
-use crate::runner::CpuRunner;
+use crate::runner::{CpuRunner, RankRunner};
 use crate::{EngineError, Result};
 
 /// Longest time that a CPU rank waits for the others in one collective: on few cores they take turns.
@@ -90,7 +90,7 @@ pub(crate) fn place_on_cpu(
         })?);
     }
     let description = format!("{}, rank 0 of {ranks}", leader.description());
-    let runner = Box::new(RankedRunner::new(leader, group, followers));
+    let runner = Box::new(RankedRunner::new(Box::new(leader), group, followers));
     Ok(Placed { runner, blocks, block_size, description })
 }
 

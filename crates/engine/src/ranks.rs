@@ -1,4 +1,4 @@
-//! A tensor-parallel group on the CPU: a thread a rank, each with its own shard and KV pool.
+//! A tensor-parallel group in one process: a thread a rank, each with its own shard and KV pool, on any device.
 //!
 //! The leader is rank 0 on the caller's thread: it hands every step to the followers, runs its own part, and has the whole
 //! logits like everybody. The first failure of any rank ends the group, so nobody waits for a rank that is gone.
@@ -12,7 +12,7 @@ use longhaul_backend::{Collective, CollectiveError, Error as BackendError};
 use longhaul_backend::{Sampled, SamplingRow, StepInputs};
 use longhaul_model::ModelError;
 
-use crate::runner::{CpuRunner, Runner};
+use crate::runner::{RankRunner, Runner};
 use crate::{EngineError, Result};
 
 /// A rank that does what the leader does, on a thread of its own.
@@ -75,11 +75,11 @@ impl Drop for Follower {
     }
 }
 
-/// The [`Runner`] on a group of CPU ranks.
+/// The [`Runner`] on a group of ranks.
 pub(crate) struct RankedRunner {
     followers: Vec<Follower>,
     group: Arc<dyn Collective>,
-    leader: CpuRunner,
+    leader: Box<dyn RankRunner>,
 }
 
 impl Drop for RankedRunner {
@@ -93,7 +93,11 @@ impl Drop for RankedRunner {
 
 impl RankedRunner {
     /// `group` is the leader's.
-    pub(crate) fn new(leader: CpuRunner, group: Arc<dyn Collective>, followers: Vec<Follower>) -> Self {
+    pub(crate) fn new(
+        leader: Box<dyn RankRunner>,
+        group: Arc<dyn Collective>,
+        followers: Vec<Follower>,
+    ) -> Self {
         Self { followers, group, leader }
     }
 
@@ -101,7 +105,7 @@ impl RankedRunner {
     fn together<R>(
         &mut self,
         inputs: StepInputs,
-        lead: impl FnOnce(&mut CpuRunner, StepInputs) -> Result<R>,
+        lead: impl FnOnce(&mut dyn RankRunner, StepInputs) -> Result<R>,
     ) -> Result<R> {
         // What contradicts itself is refused before anybody starts: the group outlives it.
         self.leader.check(&inputs)?;
@@ -109,7 +113,7 @@ impl RankedRunner {
         for follower in &self.followers {
             follower.start(inputs.clone());
         }
-        let result = lead(&mut self.leader, inputs);
+        let result = lead(self.leader.as_mut(), inputs);
         if let Err(error) = &result
             && !is_of_the_request(error)
         {
@@ -158,7 +162,23 @@ impl Runner for RankedRunner {
     }
 
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        self.together(inputs, CpuRunner::logits)
+        self.together(inputs, |leader, inputs| leader.logits(inputs))
+    }
+
+    fn max_rows(&self) -> usize {
+        self.leader.max_rows()
+    }
+
+    fn default_chunk(&self) -> usize {
+        self.leader.default_chunk()
+    }
+
+    fn is_on_host(&self) -> bool {
+        self.leader.is_on_host()
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.leader.max_logit_rows()
     }
 }
 
@@ -172,6 +192,7 @@ mod tests {
 
     use super::*;
     use crate::demo;
+    use crate::runner::CpuRunner;
 
     /// The demo over three ranks; `fault` is what rank 1 does instead of its part from the second step on.
     fn demo_with(fault: Option<fn() -> Result<()>>) -> RankedRunner {
@@ -207,7 +228,7 @@ mod tests {
             .unwrap()
         });
         let followers = followers.collect();
-        RankedRunner::new(load(&leading), leading, followers)
+        RankedRunner::new(Box::new(load(&leading)), leading, followers)
     }
 
     fn token(position: usize) -> StepInputs {
