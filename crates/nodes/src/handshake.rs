@@ -331,7 +331,7 @@ fn greet(stream: TcpStream, key: &Key, identity: &Identity, timeouts: Timeouts) 
         return Err(channel.malformed(format!("a frame of kind {kind} instead of its identity")));
     }
     let joining: Joining = decode(&channel, &joining)?;
-    channel.set_peer(format!("rank {} at {}", joining.rank, channel.peer()));
+    channel.set_peer(format!("node {} at {}", joining.rank, channel.peer()));
     if let Some((field, leader, worker)) = identity.difference(&joining.identity) {
         return Err(refuse(&mut channel, joining.rank, field, leader, worker));
     }
@@ -355,11 +355,11 @@ fn admit(
 ) -> Result<()> {
     if rank == 0 || rank >= identity.world_size {
         let expected = format!("1 to {}", identity.world_size.saturating_sub(1));
-        return Err(refuse(&mut channel, rank, "rank", expected, rank.to_string()));
+        return Err(refuse(&mut channel, rank, "node rank", expected, rank.to_string()));
     }
     if let Some(other) = joined.get(&rank).filter(|other| other.is_open()) {
         let taken = format!("taken by {}", other.peer());
-        return Err(refuse(&mut channel, rank, "rank", taken, rank.to_string()));
+        return Err(refuse(&mut channel, rank, "node rank", taken, rank.to_string()));
     }
     answer(&mut channel, &Answer::Accepted)?;
     joined.insert(rank, channel);

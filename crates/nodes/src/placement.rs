@@ -75,7 +75,7 @@ pub enum PlacementError {
         flag: &'static str,
     },
     /// A rank beyond the group.
-    #[error("rank {rank} in a group of {size} ({launcher}); ranks start at 0")]
+    #[error("node rank {rank} in a group of {size} nodes ({launcher}); ranks start at 0")]
     Range {
         /// The rank.
         rank: usize,
@@ -356,7 +356,7 @@ mod tests {
                 "the flags does not say the number of nodes; give --nnodes",
             ),
             (PlacementFlags { size: Some(2), ..Default::default() }, vec![], "give --node-rank"),
-            (flags(2, 2, "a"), vec![], "rank 2 in a group of 2"),
+            (flags(2, 2, "a"), vec![], "node rank 2 in a group of 2 nodes"),
             (flags(0, 0, "a"), vec![], "--nnodes is \"0\""),
             (
                 PlacementFlags::default(),

@@ -71,7 +71,7 @@ fn messages_arrive_in_order_in_both_directions() {
     closing.join().unwrap();
     let error = we_hear.recv_timeout(PATIENCE).unwrap().unwrap_err();
     assert!(matches!(&error, NodesError::Lost { message, .. } if message.contains("closed")), "{error}");
-    assert!(error.to_string().contains("rank 1 at 127.0.0.1"), "{error}");
+    assert!(error.to_string().contains("node 1 at 127.0.0.1"), "{error}");
 }
 
 #[test]

@@ -82,7 +82,7 @@ fn nodes_meet_in_any_order_and_talk() {
                 .unwrap();
             assert_eq!(channels.len(), 3);
             for (rank, channel) in (1u8..).zip(&mut channels) {
-                assert!(channel.peer().starts_with(&format!("rank {rank} at 127.0.0.1:")));
+                assert!(channel.peer().starts_with(&format!("node {rank} at 127.0.0.1:")));
                 channel.send(&[rank; 128], PATIENT.join).unwrap();
             }
             for (rank, worker) in [3u8, 1, 2].into_iter().zip(workers) {
@@ -123,8 +123,8 @@ fn nodes_that_do_not_fit_are_refused_on_both_sides() {
         ("tokenizer", 1, changed(|i| i.tokenizer = "t2".into()), "t1", "t2"),
         ("plan", 1, changed(|i| i.plan = "p2".into()), "p1", "p2"),
         ("world size", 1, changed(|i| i.world_size = 3), "2", "3"),
-        ("rank", 0, identity(2), "1 to 1", "0"),
-        ("rank", 2, identity(2), "1 to 1", "2"),
+        ("node rank", 0, identity(2), "1 to 1", "0"),
+        ("node rank", 2, identity(2), "1 to 1", "2"),
     ];
     for (field, rank, theirs, leader_value, worker_value) in cases {
         let (led, joined, _) = meet(&identity(2), (rank, theirs, key()), PATIENT);
@@ -151,7 +151,7 @@ fn another_protocol_is_refused_on_both_sides() {
     assert_eq!(error.exit_code(), 65);
     assert!(reports[0].contains("protocol 2, the leader's is 1"), "{reports:?}");
     let error = led.map(|_| ()).unwrap_err().to_string();
-    assert!(error.contains("rank 1 had not joined") && error.contains("protocol 2"), "{error}");
+    assert!(error.contains("node 1 had not joined") && error.contains("protocol 2"), "{error}");
 }
 
 #[test]
@@ -177,10 +177,10 @@ fn a_rank_can_be_taken_once_while_it_lives() {
         };
         let workers = [start(), start()];
         let led = leader.gather(&key(), &identity, PATIENT, &mut |_| ()).map(|_| ()).unwrap_err();
-        assert!(led.to_string().contains("rank is 1, the leader's is taken by rank 1 at 127.0.0.1"), "{led}");
+        assert!(led.to_string().contains("node rank is 1, the leader's is taken by node 1 at 127.0.0.1"), "{led}");
         let mut ends = workers.map(|worker| worker.join().unwrap().map(|_| ()).unwrap_err());
         ends.sort_by_key(NodesError::exit_code);
-        assert!(matches!(&ends[0], NodesError::Refused { field, .. } if field == "rank"), "{}", ends[0]);
+        assert!(matches!(&ends[0], NodesError::Refused { field, .. } if field == "node rank"), "{}", ends[0]);
         // The first one had joined, and is told why the group ended.
         assert!(
             matches!(&ends[1], NodesError::Ended { message } if message.contains("taken")),
@@ -268,10 +268,10 @@ fn who_does_not_come_is_named_and_those_who_came_are_told() {
         let timeouts = Timeouts { greeting: PATIENT.greeting, ..HASTY };
         let error = leader.gather(&key(), &identity, timeouts, &mut report).map(|_| ()).unwrap_err();
         assert!(waited.last().unwrap().starts_with("waiting for node 1, 3 for "), "{waited:?}");
-        assert_eq!(error.to_string(), "after 2s rank 1, 3 had not joined");
+        assert_eq!(error.to_string(), "after 2s node 1, 3 had not joined");
         assert_eq!(error.exit_code(), 75);
         let error = worker.join().unwrap().map(|_| ()).unwrap_err();
-        assert!(matches!(&error, NodesError::Ended { message } if message.contains("rank 1, 3")), "{error}");
+        assert!(matches!(&error, NodesError::Ended { message } if message.contains("node 1, 3")), "{error}");
         assert_eq!(error.exit_code(), 75);
     });
 }
