@@ -481,7 +481,7 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    Latency(LatencyArgs),
+    Latency(Box<LatencyArgs>),
     Kernels(KernelsArgs),
 }
 

@@ -146,6 +146,8 @@ pub(crate) fn meet(
         vec![join(leader, *node, &options.key, identity, options.timeouts, &mut report)?]
     };
 
+    (options.log)(&format!("all {size} nodes have met; this is node {node}"));
+
     let star = Arc::new(Star::default());
     let link: Arc<dyn Link> = star.clone();
     let local = ranks_of_node(*node, *size, ranks);
