@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use longhaul_backend::DType;
 use longhaul_model::{LongContext, ModelSpec, PositionProfile, ShardPlan, family, family_names};
 use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
-use longhaul_weights::{Checkpoint, Dummy, TensorSource};
+use longhaul_weights::{Checkpoint, Dummy, TensorSource, Wanted, locate};
 
 use crate::blocks::BlockPool;
 use crate::cpu_device::{CpuRanks, LocalRanks, cpu_dtype};
@@ -109,19 +109,23 @@ impl Loader {
         }
     }
 
-    /// Reads the model's files without its weights.
+    /// Reads the files that describe the model; its weights are neither read nor downloaded.
     ///
     /// # Errors
     /// Missing or malformed files, named.
     pub fn files(&self) -> Result<ModelFiles> {
+        self.files_with(Wanted::Description)
+    }
+
+    fn files_with(&self, wanted: Wanted) -> Result<ModelFiles> {
         match &self.model {
             ModelRef::Demo => ModelFiles::demo(),
             ModelRef::Family(name) if self.load_format == LoadFormat::Dummy => ModelFiles::family(name),
             ModelRef::Family(name) => {
                 let hub_id = family(name).map_or(name.as_str(), |m| m.hub_id);
-                ModelFiles::directory(hub_id, &longhaul_weights::locate(hub_id, self.offline)?)
+                ModelFiles::directory(hub_id, &locate(hub_id, wanted, self.offline)?)
             }
-            ModelRef::Hub(id) => ModelFiles::directory(id, &longhaul_weights::locate(id, self.offline)?),
+            ModelRef::Hub(id) => ModelFiles::directory(id, &locate(id, wanted, self.offline)?),
             ModelRef::Directory(path) => {
                 let name = path.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_str()?.to_owned()));
                 ModelFiles::directory(&name.unwrap_or_else(|| path.display().to_string()), path)
@@ -191,7 +195,11 @@ impl Loader {
 
     /// Everything but weights.
     fn prepare(&self) -> Result<Prepared> {
-        let files = self.files()?;
+        let wanted = match self.load_format {
+            LoadFormat::Auto => Wanted::Weights,
+            LoadFormat::Dummy => Wanted::Description,
+        };
+        let files = self.files_with(wanted)?;
         let positions = PositionProfile::new(&files.spec, self.long_context, self.max_model_len)?;
         let expected = files.spec.tensors();
         let source: Box<dyn TensorSource + Sync> = match (self.load_format, &files.weights) {

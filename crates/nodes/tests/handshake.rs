@@ -177,7 +177,10 @@ fn a_rank_can_be_taken_once_while_it_lives() {
         };
         let workers = [start(), start()];
         let led = leader.gather(&key(), &identity, PATIENT, &mut |_| ()).map(|_| ()).unwrap_err();
-        assert!(led.to_string().contains("node rank is 1, the leader's is taken by node 1 at 127.0.0.1"), "{led}");
+        assert!(
+            led.to_string().contains("node rank is 1, the leader's is taken by node 1 at 127.0.0.1"),
+            "{led}"
+        );
         let mut ends = workers.map(|worker| worker.join().unwrap().map(|_| ()).unwrap_err());
         ends.sort_by_key(NodesError::exit_code);
         assert!(matches!(&ends[0], NodesError::Refused { field, .. } if field == "node rank"), "{}", ends[0]);
