@@ -142,10 +142,12 @@ impl Member for Follower {
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(rank_failed(&*self.group, "its thread ended"));
                 }
-                Err(RecvTimeoutError::Timeout) if self.group.check().is_err() && grace.is_over() => {
-                    return Err(rank_failed(&*self.group, "it did not end with the group"));
-                }
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Err(error) = self.group.check()
+                && grace.is_over()
+            {
+                return Err(EngineError::Backend(BackendError::Collective(error)));
             }
         }
     }
@@ -236,6 +238,8 @@ impl RankedRunner {
             (Err(error), Some((rank, source))) if is_consequence(&error) && !is_consequence(&source) => {
                 Err(EngineError::Rank { rank, source: Box::new(source) })
             }
+            // That the group has ended says whose fault it is.
+            (Ok(_), Some((_, source))) if is_consequence(&source) => Err(source),
             (Ok(_), Some((rank, source))) => Err(EngineError::Rank { rank, source: Box::new(source) }),
             (result, _) => result,
         }
