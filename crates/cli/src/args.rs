@@ -1,7 +1,9 @@
 //! Arguments of every command.
 
 mod bench;
+mod nodes;
 mod plan;
+mod values;
 
 use std::path::PathBuf;
 
@@ -11,8 +13,12 @@ use longhaul_engine::{
     KvCacheDtype, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
 
+use crate::exit;
+
 pub use bench::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
+pub use nodes::NodesArgs;
 pub use plan::{KvDType, PlanArgs, PlanDType};
+use values::{emulator_options, fraction, token_count};
 
 /// Serves the Qwen2 family with exact long context.
 #[derive(Debug, Parser)]
@@ -75,7 +81,7 @@ pub struct ModelArgs {
     /// Deal routed experts whole over the ranks instead of cutting each by columns
     #[arg(long)]
     pub expert_parallel: bool,
-    /// CPU threads of all ranks together; 0 = all cores
+    /// CPU threads of this node's ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
     /// Fraction of a CUDA device's memory up to which it may be filled
@@ -95,13 +101,15 @@ pub struct ModelArgs {
     /// Seed of dummy weights
     #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub dummy_seed: u64,
+    #[command(flatten)]
+    pub nodes: NodesArgs,
 }
 
 impl ModelArgs {
     /// The loader that these arguments describe; `auto` is what `--dtype auto` means to the command.
     ///
     /// # Errors
-    /// A model name that means nothing.
+    /// A model name that means nothing; nodes that are not described whole.
     pub fn loader(&self, auto: Precision) -> Result<Loader, EngineError> {
         if self.long_context.len() > 1 {
             return Err(EngineError::Parameter {
@@ -130,11 +138,14 @@ impl ModelArgs {
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,
                 gpu_memory_utilization: self.gpu_memory_utilization,
+                step_timeout: self.nodes.step_timeout,
+                group_lost: exit::group_lost,
             },
             max_model_len: self.max_model_len,
             long_context: self.long_context.first().copied(),
             dummy_seed: self.dummy_seed,
             offline: self.offline,
+            nodes: self.nodes.options()?,
         })
     }
 }
@@ -167,14 +178,6 @@ pub fn device(text: &str) -> Result<Device, String> {
     }
 }
 
-/// Above 0 and at most 1.
-fn fraction(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(fraction) if fraction > 0.0 && fraction <= 1.0 => Ok(fraction),
-        _ => Err("expected a fraction above 0 and at most 1, such as 0.9".into()),
-    }
-}
-
 impl From<KernelsArg> for Kernels {
     fn from(kernels: KernelsArg) -> Self {
         match kernels {
@@ -183,29 +186,6 @@ impl From<KernelsArg> for Kernels {
             KernelsArg::Mma => Kernels::Mma,
         }
     }
-}
-
-/// `seed=N`, `copies=eager|lazy`, `blocks=N` (in flight), `sm=80|89|90`, `multiprocessors=N`, separated by commas.
-pub fn emulator_options(text: &str) -> Result<EmulatedOptions, String> {
-    let mut options = EmulatedOptions::default();
-    for setting in text.split(',').filter(|s| !s.is_empty()) {
-        let (key, value) = setting.split_once('=').ok_or_else(|| format!("{setting:?} is not KEY=VALUE"))?;
-        let number = || match value.parse::<u32>() {
-            Ok(n) if n > 0 => Ok(n),
-            _ => Err(format!("{key}: expected a positive number, got {value:?}")),
-        };
-        match (key, value) {
-            ("seed", _) => options.seed = number()?.into(),
-            ("blocks", _) => options.resident_blocks = number()?,
-            ("sm", _) => options.compute_capability = number()?,
-            ("multiprocessors", _) => options.multiprocessors = number()?,
-            ("copies", "eager") => options.eager = true,
-            ("copies", "lazy") => options.eager = false,
-            ("copies", _) => return Err(format!("copies: eager or lazy, got {value:?}")),
-            _ => return Err(format!("{key:?} is none of seed, copies, blocks, sm, multiprocessors")),
-        }
-    }
-    Ok(options)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -237,17 +217,6 @@ impl From<KvCacheDtypeArg> for KvCacheDtype {
             KvCacheDtypeArg::Fp8E4m3 => KvCacheDtype::Fp8E4m3,
         }
     }
-}
-
-/// `4096`, `32k` (= 32,768) or `1m` (= 1,048,576).
-pub fn token_count(text: &str) -> Result<usize, String> {
-    let lower = text.to_ascii_lowercase();
-    let (digits, unit) = match lower.strip_suffix('k') {
-        Some(digits) => (digits, 1 << 10),
-        None => lower.strip_suffix('m').map_or((lower.as_str(), 1), |digits| (digits, 1 << 20)),
-    };
-    let count: Option<usize> = digits.parse().ok().and_then(|n: usize| n.checked_mul(unit));
-    count.ok_or_else(|| "expected a number of tokens such as 4096, 32k or 1m".into())
 }
 
 /// How tokens are drawn. What is not given comes from the checkpoint's generation_config.json.
@@ -528,20 +497,6 @@ mod tests {
         }
         for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA"] {
             assert!(device(bad).is_err(), "{bad}");
-        }
-        assert_eq!(fraction("0.5"), Ok(0.5));
-        for bad in ["0", "-1", "1.5", "NaN", "x"] {
-            assert!(fraction(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn token_counts_take_units() {
-        assert_eq!(token_count("4096"), Ok(4096));
-        assert_eq!(token_count("128K"), Ok(131_072));
-        assert_eq!(token_count("1m"), Ok(1_048_576));
-        for bad in ["", "k", "-1", "1.5k", "12q"] {
-            assert!(token_count(bad).is_err(), "{bad}");
         }
     }
 }

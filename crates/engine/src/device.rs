@@ -1,6 +1,7 @@
 //! Devices: from a choice and a model's files to a [`Runner`] with its KV pool.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use longhaul_backend::{DType, KvLayout};
 use longhaul_cpu::simd::Isa;
@@ -10,7 +11,7 @@ use longhaul_cuda::{Context, Cuda, CudaError, Limits, Sizes, Variant};
 use longhaul_model::{Model, ModelSpec, PositionProfile, RankShard, ShardOptions, ShardPlan};
 use longhaul_weights::TensorSource;
 
-use crate::cpu_device::{cpu_dtype, place_on_cpu};
+use crate::cpu_device::{CpuRanks, cpu_dtype};
 use crate::cuda_runner::CudaRunner;
 use crate::memory_budget::{self, Available, CudaPlan, MemoryBudget};
 use crate::runner::Runner;
@@ -135,6 +136,11 @@ pub struct DeviceOptions {
     pub emulator: EmulatedOptions,
     /// Fraction of a GPU's memory up to which this process may fill it.
     pub gpu_memory_utilization: f32,
+    /// How long a group of ranks may go without progress in a step; `None` = what its earlier steps say.
+    pub step_timeout: Option<Duration>,
+    /// Hears why a group of ranks has ended when nobody has dropped the engine since: whoever owns it is stuck in a step, or waits
+    /// for somebody else. A process should end then.
+    pub group_lost: fn(&str),
 }
 
 /// As vLLM's: room for what other libraries of the process take, and for fragmentation.
@@ -153,6 +159,8 @@ impl Default for DeviceOptions {
             kv_cache_dtype: KvCacheDtype::default(),
             emulator: EmulatedOptions::default(),
             gpu_memory_utilization: DEFAULT_GPU_MEMORY_UTILIZATION,
+            step_timeout: None,
+            group_lost: |_| (),
         }
     }
 }
@@ -234,6 +242,15 @@ pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
     }
 }
 
+/// How the model is dealt over ranks.
+///
+/// # Errors
+/// The model's.
+pub(crate) fn shard_plan(options: &DeviceOptions, spec: &ModelSpec) -> Result<ShardPlan> {
+    let group = ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
+    Ok(ShardPlan::new(spec, options.tensor_parallel, &group)?)
+}
+
 impl Opened {
     /// The positions of a model whose context fits the device, and what the user should know about them. `asked`: the
     /// context of `wanted` is the user's choice, otherwise less will do; `profile` makes the positions of another one.
@@ -281,6 +298,15 @@ impl Opened {
         memory_budget::fit(&self.name, wanted, asked, profile, &budget)
     }
 
+    /// As the user would name it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.place, Place::Cpu)
+    }
+
     fn is_emulated(&self) -> bool {
         matches!(self.place, Place::Emulated(_))
     }
@@ -294,17 +320,13 @@ impl Opened {
         options: &DeviceOptions,
         spec: &ModelSpec,
         positions: &PositionProfile,
+        plan: &ShardPlan,
         source: &(dyn TensorSource + Sync),
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Placed> {
         let emulated = self.is_emulated();
         match self.place {
-            Place::Cpu => {
-                let group =
-                    ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
-                let plan = ShardPlan::new(spec, options.tensor_parallel, &group)?;
-                place_on_cpu(options, spec, positions, &plan, source, progress)
-            }
+            Place::Cpu => CpuRanks { options, spec, positions, plan, source }.place(progress),
             Place::Cuda(driver) | Place::Emulated(driver) => {
                 let setup = CudaSetup::new(options, spec, positions, emulated);
                 let source = Source { spec, positions, tensors: source };

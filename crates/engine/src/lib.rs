@@ -12,11 +12,16 @@ mod demo;
 mod device;
 mod engine;
 mod error;
+#[cfg(feature = "faults")]
+mod faults;
 mod gpu;
 mod loader;
 mod memory_budget;
+mod nodes;
 mod ranks;
 mod runner;
+mod step_deadline;
+mod watchdog;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
 pub use device::{
@@ -27,3 +32,4 @@ pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};
 pub use longhaul_cuda::driver::EmulatedOptions;
 pub use longhaul_model::LongContext;
+pub use nodes::NodeOptions;

@@ -4,6 +4,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use longhaul_bench::collectives::{ElementType, Operation};
 use longhaul_engine::Device;
 
+use super::values::token_count;
 use super::{KernelsArg, ModelArgs, device};
 
 /// Measurements, each beside its limit
@@ -15,10 +16,11 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    Latency(LatencyArgs),
+    Latency(Box<LatencyArgs>),
     Kernels(KernelsArgs),
     Collectives(CollectivesArgs),
     /// A rank of `collectives` that is a process
+    #[cfg(target_os = "linux")]
     #[command(hide = true)]
     CollectivesRank,
 }
@@ -121,7 +123,7 @@ const DEFAULT_IMPLEMENTATIONS: &str = "threads";
 
 /// `4096`, `256k` or `64m`, a multiple of 4 from 4 bytes to a GiB.
 fn message_bytes(text: &str) -> Result<usize, String> {
-    match super::token_count(text) {
+    match token_count(text) {
         Ok(bytes) if (4..=1 << 30).contains(&bytes) && bytes % 4 == 0 => Ok(bytes),
         _ => Err("expected a multiple of 4 bytes up to 1024m, such as 4096, 256k or 64m".into()),
     }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use longhaul_bench::collectives::{self, CollectivesReport, ElementType, Operation};
 use longhaul_bench::kernels::{KernelsConfig, kernels};
 use longhaul_bench::{LatencyConfig, latency};
-use longhaul_engine::{DeviceOptions, EngineError, Precision, kernel_context};
+use longhaul_engine::{DeviceOptions, EngineError, Loader, Precision, kernel_context};
 use longhaul_model::family_names;
 
 use crate::args::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
@@ -57,12 +57,17 @@ fn run_kernels(args: &KernelsArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run_latency(args: &LatencyArgs) -> Result<ExitCode> {
+/// The model to load for `bench latency`.
+pub fn latency_loader(args: &LatencyArgs) -> Result<Loader, EngineError> {
     let mut model = args.model.clone();
     // The context of the measurement, unless the user asks for another.
+    model.max_model_len.get_or_insert(args.input_len as usize + args.output_len as usize);
+    model.loader(Precision::Auto)
+}
+
+fn run_latency(args: &LatencyArgs) -> Result<ExitCode> {
     let (input_len, output_len) = (args.input_len as usize, args.output_len as usize);
-    model.max_model_len.get_or_insert(input_len + output_len);
-    let mut engine = progress::load(&model.loader(Precision::Auto)?)?;
+    let mut engine = progress::load(&latency_loader(args)?)?;
     let config = LatencyConfig {
         input_len,
         output_len,

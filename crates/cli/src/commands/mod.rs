@@ -9,6 +9,7 @@ pub mod models;
 pub mod needle;
 pub mod plan;
 pub mod tokenize;
+pub mod worker;
 
 use std::path::Path;
 
