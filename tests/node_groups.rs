@@ -118,7 +118,6 @@ impl Place {
 fn on_ranks(ranks: usize, arguments: &[&str]) -> Command {
     let mut command = longhaul();
     command.args(arguments).args(["--device", "cpu", "--tp", &ranks.to_string()]);
-    command.env_remove("LONGHAUL_NODE_KEY_FILE");
     command
 }
 
@@ -216,6 +215,56 @@ fn launchers_say_which_node_this_is() {
     }
 }
 
+/// The job script, with an `srun` that starts two processes here and a `scontrol` that writes down what it is told.
+#[test]
+fn the_slurm_script_runs_a_group_and_requeues_a_lost_one() {
+    let place = Place::new();
+    let script = |name: &str, text: &str| {
+        let path = place.dir.path().join(name);
+        std::fs::write(&path, format!("#!/bin/bash\n{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    };
+    script(
+        "srun",
+        r#"shift 2
+        export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost
+        SLURM_PROCID=1 "$@" & worker=$!
+        if [ -n "${KILL:-}" ]; then (sleep 1; kill -9 $worker) & fi
+        SLURM_PROCID=0 "$@"; leader=$?
+        wait $worker; worker=$?
+        exit $((worker > leader ? worker : leader))"#,
+    );
+    script("scontrol", r#"echo "$@" >> "$(dirname "$0")/requeued""#);
+    let run = |extra: &[&str]| {
+        let mut command = Command::new(repository("deploy/slurm/longhaul.sbatch"));
+        let path = format!("{}:{}", place.dir.path().display(), std::env::var("PATH").unwrap());
+        command.args(["generate", "--json", "--ignore-eos", "--device", "cpu", "--tp", "2", "--prompt", "a"]);
+        command.args(["--master-port", &place.port.to_string()]).args(extra).stdin(Stdio::null());
+        command.env("PATH", path).env("LONGHAUL", env!("CARGO_BIN_EXE_longhaul"));
+        command.env("SLURM_JOB_ID", "17").env("SLURM_SUBMIT_DIR", place.dir.path());
+        command
+    };
+    let output = succeed(&mut run(&["--max-tokens", "5"]));
+    assert_eq!(ids(&String::from_utf8(output.stdout).unwrap()).as_array().map(Vec::len), Some(5));
+    let requeued = place.dir.path().join("requeued");
+    assert!(!requeued.exists());
+
+    let mut long = run(&["--max-tokens", "12000", "--max-model-len", "13k"]);
+    let output = long.env("KILL", "1").output().unwrap();
+    assert_eq!(output.status.code(), Some(137), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(std::fs::read_to_string(&requeued).unwrap(), "requeue 17\n");
+    assert!(!place.dir.path().join(".longhaul-key-17").exists(), "the secret is gone with the job");
+}
+
+#[test]
+fn many_ranks_on_few_cores_are_no_hang() {
+    let alone = json_output(&mut on_ranks(1, &GENERATE))["ids"].clone();
+    let place = Place::new();
+    let [mut worker, mut leader] = [1, 0].map(|rank| place.node(&mut on_ranks(24, &GENERATE), rank, 2));
+    assert!(leader.end().success() && worker.end().success(), "{}{}", leader.stderr(), worker.stderr());
+    assert_eq!(ids(&leader.stdout()), alone);
+}
+
 #[test]
 fn nodes_that_do_not_fit_are_told_the_field_on_both_sides() {
     let elsewhere = tempfile::tempdir().unwrap();
@@ -300,11 +349,17 @@ fn what_is_not_said_whole_is_asked_for() {
     ];
     for (arguments, expected, words) in cases {
         let mut command = longhaul();
-        command.args(GENERATE).args(&arguments).env_remove("LONGHAUL_NODE_KEY_FILE");
+        command.args(GENERATE).args(&arguments);
         let (code, message) = fail(&mut command);
         assert_eq!(code, expected, "{arguments:?}: {message}");
         assert!(message.contains(words), "{arguments:?}: {message}");
     }
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let mut command = on_ranks(2, &GENERATE);
+    command.args(["--nnodes", "2", "--node-rank", "0", "--leader", &address, "--node-key-file", key]);
+    let (code, message) = fail(&mut command);
+    assert!(code == 71 && message.contains(&format!("listening on {address}")), "{message}");
     let (code, message) = fail(on_ranks(2, &["needle"]).args(group).args(["--node-key-file", key]));
     assert!(code == 64 && message.contains("give one, such as --long-context dca"), "{message}");
 }
@@ -339,9 +394,9 @@ impl Fault {
     fn reasons(self) -> &'static [&'static str] {
         match self {
             Fault::Kill => &["closed the connection"],
-            Fault::Stop => &["silent until the deadline", "made no progress"],
+            Fault::Stop => &["silent until the deadline", "made no progress", "no rank made progress"],
             #[cfg(feature = "faults")]
-            Fault::Rank("hang") => &["made no progress"],
+            Fault::Rank("hang") => &["made no progress", "no rank made progress"],
             #[cfg(feature = "faults")]
             Fault::Rank("fail") => &["a planted fault"],
             #[cfg(feature = "faults")]

@@ -16,6 +16,7 @@ pub fn longhaul() -> Command {
         .env("LONGHAUL_OFFLINE", "1")
         .env_remove("LONGHAUL_CPU_ISA")
         .env_remove("LONGHAUL_EMULATOR")
+        .env_remove("LONGHAUL_NODE_KEY_FILE")
         .stdin(Stdio::null());
     command
 }

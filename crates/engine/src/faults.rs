@@ -30,11 +30,11 @@ pub(crate) fn plant(group: Arc<dyn Collective>) -> Arc<dyn Collective> {
         "panic" => Kind::Panic,
         other => panic!("{VARIABLE}: do={other:?}"),
     };
-    match (setting("rank").parse(), setting("call").parse()) {
+    match (setting("rank").parse::<usize>(), setting("call").parse::<usize>()) {
         (Ok(rank), Ok(at)) if group.rank() == rank => {
             Arc::new(Broken { group, kind, at, calls: AtomicUsize::new(0) })
         }
-        (Ok(_), Ok::<usize, _>(_)) => group,
+        (Ok(_), Ok(_)) => group,
         _ => panic!("{VARIABLE}={fault}"),
     }
 }

@@ -5,6 +5,7 @@
 //! long for one that hangs.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -35,10 +36,6 @@ impl Default for Grace {
 }
 
 impl Grace {
-    pub(crate) fn none() -> Self {
-        Self { allowed: Duration::ZERO, since: None }
-    }
-
     /// Whether it is used up; it begins when this is first asked.
     pub(crate) fn is_over(&mut self) -> bool {
         self.since.get_or_insert_with(Instant::now).elapsed() >= self.allowed
@@ -72,13 +69,20 @@ impl Watch {
     }
 }
 
+const PANICKED: &str = "its thread panicked";
+
+fn rank_failed(group: &dyn Collective, message: &str) -> EngineError {
+    let error = CollectiveError::RankFailed { rank: group.rank(), message: message.into() };
+    EngineError::Backend(BackendError::Collective(error))
+}
+
 /// Ends the group when its thread panics.
 struct PanicEnds(Arc<dyn Collective>);
 
 impl Drop for PanicEnds {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.abort("its thread panicked");
+            self.0.abort(PANICKED);
         }
     }
 }
@@ -117,11 +121,6 @@ impl Follower {
         let thread = thread::Builder::new().name(name).spawn(follow)?;
         Ok(Self { group, steps: Some(steps), results, thread: Some(thread) })
     }
-
-    fn failed(&self, message: &str) -> EngineError {
-        let error = CollectiveError::RankFailed { rank: self.group.rank(), message: message.into() };
-        EngineError::Backend(BackendError::Collective(error))
-    }
 }
 
 impl Member for Follower {
@@ -140,11 +139,15 @@ impl Member for Follower {
         loop {
             match self.results.recv_timeout(LOOK) {
                 Ok(result) => return result,
-                Err(RecvTimeoutError::Disconnected) => return Err(self.failed("its thread ended")),
-                Err(RecvTimeoutError::Timeout) if self.group.check().is_err() && grace.is_over() => {
-                    return Err(self.failed("it did not end with the group"));
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(rank_failed(&*self.group, "its thread ended"));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Err(error) = self.group.check()
+                && grace.is_over()
+            {
+                return Err(EngineError::Backend(BackendError::Collective(error)));
             }
         }
     }
@@ -174,15 +177,6 @@ pub(crate) struct RankedRunner {
     members: Vec<Box<dyn Member>>,
     group: Arc<dyn Collective>,
     leader: Box<dyn RankRunner>,
-}
-
-impl Drop for RankedRunner {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            // Followers may be waiting for the leader's part.
-            self.group.abort("the leader panicked");
-        }
-    }
 }
 
 impl RankedRunner {
@@ -221,7 +215,9 @@ impl RankedRunner {
         for member in &mut self.members {
             member.start(&inputs);
         }
-        let result = lead(self.leader.as_mut(), inputs);
+        // A rank that panics ends the group, also when it is the caller's.
+        let led = catch_unwind(AssertUnwindSafe(|| lead(self.leader.as_mut(), inputs)));
+        let result = led.unwrap_or_else(|_| Err(rank_failed(&*self.group, PANICKED)));
         if let Err(error) = &result
             && !is_of_the_request(error)
         {
@@ -242,6 +238,8 @@ impl RankedRunner {
             (Err(error), Some((rank, source))) if is_consequence(&error) && !is_consequence(&source) => {
                 Err(EngineError::Rank { rank, source: Box::new(source) })
             }
+            // That the group has ended says whose fault it is.
+            (Ok(_), Some((_, source))) if is_consequence(&source) => Err(source),
             (Ok(_), Some((rank, source))) => Err(EngineError::Rank { rank, source: Box::new(source) }),
             (result, _) => result,
         }

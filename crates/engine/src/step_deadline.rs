@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// The limit is never shorter: ranks take turns on few cores, and a machine has other things to do.
-pub(crate) const LEAST: Duration = Duration::from_secs(5);
+const LEAST: Duration = Duration::from_secs(5);
 /// The limit before anything is known.
 const FIRST: Duration = Duration::from_secs(120);
 /// The limit is never longer.

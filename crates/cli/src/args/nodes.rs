@@ -34,8 +34,9 @@ pub struct NodesArgs {
     /// How long nodes wait for each other
     #[arg(long, value_parser = seconds, default_value = "600", value_name = "SECONDS")]
     pub join_timeout: Duration,
-    /// How long ranks (--tp) may go without progress in a step, and a node without a sign of life, before the group ends with exit
-    /// code 75 [default: 20 times the 99th percentile of earlier steps of that size, at least 5; 120 for a first step]
+    /// How long ranks (--tp) may go without progress in a step, and a node without a sign of life, before the group ends with
+    /// exit code 75 [default: 20 times the 99th percentile of earlier steps of that size, at least 5, 120 for a first step;
+    /// 15 for a sign of life]
     #[arg(long, value_parser = seconds, value_name = "SECONDS")]
     pub step_timeout: Option<Duration>,
 }

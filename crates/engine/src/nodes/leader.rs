@@ -57,7 +57,7 @@ impl RemoteNodes {
     /// # Errors
     /// The group has ended.
     pub(crate) fn wait_until_ready(&self) -> Result<()> {
-        self.nodes.iter().try_for_each(|node| self.wait_for(node, &Message::Ready, &mut Grace::none()))
+        self.nodes.iter().try_for_each(|node| self.wait_for(node, &Message::Ready))
     }
 
     /// Ends the group because the leader cannot take part.
@@ -65,8 +65,8 @@ impl RemoteNodes {
         self.group.abort(message);
     }
 
-    /// Waits for a node to say `expected`.
-    fn wait_for(&self, node: &RemoteNode, expected: &Message, grace: &mut Grace) -> Result<()> {
+    /// Waits for a node to say `expected`, while the group stands.
+    fn wait_for(&self, node: &RemoteNode, expected: &Message) -> Result<()> {
         loop {
             match node.heard.recv_timeout(LOOK) {
                 Ok(message) if message == *expected => return Ok(()),
@@ -77,11 +77,7 @@ impl RemoteNodes {
                 }
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
-            if let Err(error) = ended(&*self.group)
-                && grace.is_over()
-            {
-                return Err(error);
-            }
+            ended(&*self.group)?;
         }
     }
 }
@@ -96,9 +92,9 @@ impl Member for RemoteNodes {
         self.star.send_to_all(message::step(self.step, inputs));
     }
 
-    fn finish(&mut self, grace: &mut Grace) -> Result<()> {
+    fn finish(&mut self, _: &mut Grace) -> Result<()> {
         let expected = Message::Done { number: self.step };
-        self.nodes.iter().try_for_each(|node| self.wait_for(node, &expected, grace))
+        self.nodes.iter().try_for_each(|node| self.wait_for(node, &expected))
     }
 }
 

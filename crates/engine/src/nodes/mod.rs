@@ -25,9 +25,10 @@ pub(crate) use identity::{Plan, identity, sha256};
 pub(crate) use leader::RemoteNodes;
 pub(crate) use worker::Worker;
 
-use crate::step_deadline::LEAST;
 use crate::{EngineError, Result};
 
+/// How long a node may be without a sign of life while nothing runs; in a step, the watchdog is stricter.
+const SILENCE: Duration = Duration::from_secs(15);
 /// What a lost group gets to tell the other nodes.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 /// What workers get to end in an orderly way.
@@ -136,12 +137,8 @@ pub(crate) fn meet(
     let Placement { rank: node, size, leader, .. } = &options.placement;
     let mut report = |waiting: &longhaul_nodes::Waiting<'_>| (options.log)(&waiting.to_string());
     let channels = if *node == 0 {
-        Leader::bind(listening_address(leader)?.as_str())?.gather(
-            &options.key,
-            identity,
-            options.timeouts,
-            &mut report,
-        )?
+        let leader = bind(leader)?;
+        leader.gather(&options.key, identity, options.timeouts, &mut report)?
     } else {
         vec![join(leader, *node, &options.key, identity, options.timeouts, &mut report)?]
     };
@@ -165,7 +162,8 @@ pub(crate) fn meet(
     let Some(group) = ranks_here.first().cloned() else {
         return Err(EngineError::Parameter { name: "--tp", message: "no ranks on this node".into() });
     };
-    let liveness = Liveness { silence: limit.unwrap_or(LEAST), ..Liveness::default() };
+    let silence = limit.map_or(SILENCE, |limit| limit.max(Duration::from_secs(1)));
+    let liveness = Liveness { silence, beat: (silence / 5).min(Duration::from_millis(500)) };
     let role = if *node == 0 {
         let of = (1..*size).map(|node| ranks_of_node(node, *size, ranks)).collect();
         Role::Leader(RemoteNodes::open(star, channels, of, liveness, &mirror, group)?)
@@ -175,15 +173,27 @@ pub(crate) fn meet(
     Ok(NodeGroup { ranks: ranks_here, pulse, role })
 }
 
-/// The leader listens on all interfaces: its name may resolve to another address inside than outside.
-fn listening_address(leader: &str) -> Result<String> {
-    match leader.rsplit_once(':') {
-        Some((host, port)) => {
-            let loopback = matches!(host, "localhost" | "127.0.0.1" | "[::1]");
-            Ok(format!("{}:{port}", if loopback { host } else { "0.0.0.0" }))
-        }
-        None => Err(EngineError::Parameter { name: "--leader", message: format!("{leader} has no port") }),
+/// Where the leader of `address` listens, in order of preference: on all interfaces, since its name may mean another address
+/// inside than outside, by IPv6 (which takes IPv4 too) where there is any; on the loopback interface alone where all nodes are
+/// on one machine.
+fn listening_addresses(address: &str) -> Result<Vec<String>> {
+    match address.rsplit_once(':') {
+        Some((host @ ("localhost" | "127.0.0.1" | "[::1]"), port)) => Ok(vec![format!("{host}:{port}")]),
+        Some((_, port)) => Ok(vec![format!("[::]:{port}"), format!("0.0.0.0:{port}")]),
+        None => Err(EngineError::Parameter { name: "--leader", message: format!("{address} has no port") }),
     }
+}
+
+fn bind(address: &str) -> Result<Leader> {
+    let mut last = None;
+    for address in listening_addresses(address)? {
+        match Leader::bind(address.as_str()) {
+            Ok(leader) => return Ok(leader),
+            Err(error) => last = Some(error),
+        }
+    }
+    let nowhere = || EngineError::Parameter { name: "--leader", message: format!("{address}: nowhere") };
+    Err(last.map_or_else(nowhere, EngineError::Nodes))
 }
 
 /// Ends the group on all nodes because of what node `node`, whose first rank is `rank`, did.
@@ -208,8 +218,8 @@ mod tests {
 
     #[test]
     fn a_leader_listens_where_it_can_be_reached() {
-        assert_eq!(listening_address("127.0.0.1:20000").unwrap(), "127.0.0.1:20000");
-        assert_eq!(listening_address("[::1]:7").unwrap(), "[::1]:7");
-        assert_eq!(listening_address("node-0.group:20000").unwrap(), "0.0.0.0:20000");
+        assert_eq!(listening_addresses("127.0.0.1:20000").unwrap(), ["127.0.0.1:20000"]);
+        assert_eq!(listening_addresses("[::1]:7").unwrap(), ["[::1]:7"]);
+        assert_eq!(listening_addresses("node-0.group:20000").unwrap(), ["[::]:20000", "0.0.0.0:20000"]);
     }
 }

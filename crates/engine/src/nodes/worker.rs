@@ -106,10 +106,11 @@ fn step(followers: &mut [Follower], inputs: &StepInputs) -> Result<()> {
     let mut grace = Grace::default();
     let mut first: Option<EngineError> = None;
     for follower in followers {
-        if let Err(error) = follower.finish(&mut grace)
-            && first.as_ref().is_none_or(is_consequence)
-        {
-            first = Some(EngineError::Rank { rank: follower.rank(), source: Box::new(error) });
+        let Err(source) = follower.finish(&mut grace) else { continue };
+        if is_consequence(&source) {
+            first.get_or_insert(source);
+        } else if first.as_ref().is_none_or(is_consequence) {
+            first = Some(EngineError::Rank { rank: follower.rank(), source: Box::new(source) });
         }
     }
     first.map_or(Ok(()), Err)
