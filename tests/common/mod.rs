@@ -2,6 +2,9 @@
 
 #![allow(dead_code)]
 
+#[cfg(target_os = "linux")]
+pub mod nodes;
+
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

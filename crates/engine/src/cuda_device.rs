@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use longhaul_backend::{Collective, DType, KvLayout, Single};
-use longhaul_collective::{Options as GroupOptions, Threads};
+use longhaul_collective::{Options as GroupOptions, Pulse, Threads};
 use longhaul_cuda::driver::{Driver, Element, Emulated};
 use longhaul_cuda::group::Group;
 use longhaul_cuda::{Cuda, CudaError, Limits};
@@ -15,8 +15,9 @@ use longhaul_weights::TensorSource;
 use crate::cuda_runner::CudaRunner;
 use crate::device::{DeviceOptions, Placed, variant};
 use crate::memory_budget::{Available, CudaPlan, MemoryBudget};
-use crate::ranks::{Follower, RankedRunner};
+use crate::ranks::{Follower, RankedRunner, Watch};
 use crate::runner::{RankRunner, Runner};
+use crate::watchdog::Watchdog;
 use crate::{EngineError, Result, gpu};
 
 /// Rows of a prefill step on a CUDA device: enough for full matrix speed; the arena is sized for them.
@@ -27,10 +28,8 @@ const EMULATED_ROWS: usize = 512;
 const CUDA_SEQUENCES: usize = 64;
 /// Rows of a step whose logits may be wanted.
 const CUDA_LOGIT_ROWS: usize = 64;
-/// Longest time that a rank waits for the others on the host.
-const RANK_TIMEOUT: Duration = Duration::from_secs(60);
-/// As above on emulated devices, which share the CPU.
-const EMULATED_RANK_TIMEOUT: Duration = Duration::from_secs(600);
+/// Longest time that emulated ranks may go without progress unless the user says: a step of theirs can take minutes.
+const EMULATED_STEP_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Opened devices, one a rank.
 pub(crate) struct CudaDevices {
@@ -191,7 +190,8 @@ impl CudaDevices {
         };
         let (block_size, blocks) =
             (positions.block_size(), positions.max_model_len.div_ceil(positions.block_size()));
-        let mut ranks = self.ranks(options)?.into_iter();
+        let (ranks, pulse) = self.ranks(options)?;
+        let mut ranks = ranks.into_iter();
         let Some(first) = ranks.next() else {
             return Err(EngineError::Parameter { name: "--tp", message: "must be at least 1".into() });
         };
@@ -201,6 +201,7 @@ impl CudaDevices {
             return Ok(Placed { runner: Box::new(runner), blocks, block_size, description });
         }
         let group = first.group.collective().clone();
+        let watch = self.watch(options, spec, &group, pulse)?;
         let others: Vec<Rank> = ranks.collect();
         let collectives: Vec<_> = others.iter().map(|rank| rank.group.collective().clone()).collect();
         // A rank that cannot load ends the group: nobody waits for it.
@@ -233,19 +234,40 @@ impl CudaDevices {
             })?);
         }
         let description = leader.description();
-        let runner: Box<dyn Runner> = Box::new(RankedRunner::new(Box::new(leader), group, followers));
+        let runner: Box<dyn Runner> =
+            Box::new(RankedRunner::new(Box::new(leader), group, followers).watched(watch));
         Ok(Placed { runner, blocks, block_size, description })
     }
 
-    /// The ranks of a group over the devices.
-    fn ranks(&self, options: &DeviceOptions) -> Result<Vec<Rank>> {
+    /// Watches the steps of a group. Where sums do not pass the host, the end of a step is the only progress it sees.
+    fn watch(
+        &self,
+        options: &DeviceOptions,
+        spec: &ModelSpec,
+        group: &Arc<dyn Collective>,
+        pulse: Option<Pulse>,
+    ) -> Result<Watch> {
+        let limit = options.step_timeout.or(self.is_emulated.then_some(EMULATED_STEP_TIMEOUT));
+        let watchdog = Watchdog::start(group.clone(), pulse, limit, options.group_lost).map_err(|e| {
+            let message = format!("the watchdog could not be started: {e}");
+            EngineError::Device { device: self.name.clone(), message }
+        })?;
+        let spec = spec.clone();
+        Ok(Watch { watchdog, operations: Box::new(move |context| spec.flops_per_token(context, true)) })
+    }
+
+    /// The ranks of a group over the devices, and the pulse of what they exchange through the host.
+    fn ranks(&self, options: &DeviceOptions) -> Result<(Vec<Rank>, Option<Pulse>)> {
         let count = self.drivers.len();
+        let mut pulse = None;
         let collectives: Vec<Arc<dyn Collective>> = if count == 1 {
             vec![Arc::new(Single)]
         } else {
-            let timeout = if self.is_emulated { EMULATED_RANK_TIMEOUT } else { RANK_TIMEOUT };
-            let threads = Threads::group(count, GroupOptions { timeout, ..GroupOptions::default() })
+            // Ranks wait without end: the watchdog ends a step in which nothing moves.
+            let options = GroupOptions { timeout: Duration::MAX, ..GroupOptions::default() };
+            let threads = Threads::group(count, options)
                 .map_err(|e| EngineError::Parameter { name: "--tp", message: e.to_string() })?;
+            pulse = threads.first().map(Threads::pulse);
             threads.into_iter().map(|rank| Arc::new(rank) as Arc<dyn Collective>).collect()
         };
         let groups = Group::connect(&self.drivers, collectives, options.all_reduce)
@@ -255,7 +277,7 @@ impl CudaDevices {
             driver: driver.clone(),
             name: self.name.clone(),
         };
-        Ok(groups.into_iter().zip(&self.drivers).map(rank).collect())
+        Ok((groups.into_iter().zip(&self.drivers).map(rank).collect(), pulse))
     }
 }
 
