@@ -79,9 +79,10 @@ impl BlockManager {
         self.blocks.get(block as usize).map_or(0, |b| b.holders)
     }
 
-    /// Whether the one sequence that holds `block` may write to it.
-    pub fn is_writable(&self, block: u32) -> bool {
-        self.blocks.get(block as usize).is_some_and(|b| b.holders == 1 && b.hash.is_none())
+    /// Whether a sequence that holds `block` may write to it: nobody else does, but for `pins` holders that do not mind, and it is
+    /// not cached.
+    pub fn is_writable(&self, block: u32, pins: u32) -> bool {
+        self.blocks.get(block as usize).is_some_and(|b| b.holders == 1 + pins && b.hash.is_none())
     }
 
     /// `count` blocks for one holder, with no known content; `None`, and nothing changed, when fewer are available.

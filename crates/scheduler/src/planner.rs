@@ -20,6 +20,11 @@ struct Draft {
     preempted: bool,
 }
 
+/// Copies of a block in the plan: they are made before any row is written, so they keep nobody from writing to it.
+fn pinned(pins: &[u32], block: u32) -> u32 {
+    pins.iter().filter(|&&pin| pin == block).count() as u32
+}
+
 impl Scheduler {
     /// The next step, or nothing to do before the next event.
     pub(crate) fn plan(&mut self) -> Option<StepPlan> {
@@ -92,7 +97,7 @@ impl Scheduler {
         let Some(sequence) = live.sequences.get_mut(id.choice as usize) else { return false };
         let index = sequence.planned / self.config.block_size;
         match sequence.blocks.get_mut(index) {
-            Some(&mut block) if self.blocks.is_writable(block) => true,
+            Some(&mut block) if self.blocks.is_writable(block, pinned(&draft.pins, block)) => true,
             held => {
                 let Some(&[new]) = self.blocks.allocate(1).as_deref() else { return false };
                 match held {

@@ -225,7 +225,7 @@ fn run(seed: u64, pool: usize, ops: Vec<Op>) {
         assert_eq!(ours.cached(), naive.blocks.iter().filter(|b| b.hash.is_some()).count());
         for (index, block) in naive.blocks.iter().enumerate() {
             assert_eq!(ours.holders(index as u32) as usize, block.holders);
-            assert_eq!(ours.is_writable(index as u32), block.holders == 1 && block.hash.is_none());
+            assert_eq!(ours.is_writable(index as u32, 0), block.holders == 1 && block.hash.is_none());
         }
     }
 }
