@@ -25,7 +25,7 @@ fn simulate(seeds: std::ops::Range<u64>, steps: usize) -> Totals {
         Err(_) => seeds,
     };
     let next = AtomicU64::new(seeds.start);
-    let totals = Mutex::new(Totals::default());
+    let totals = Mutex::new(Ok(Totals::default()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -35,15 +35,18 @@ fn simulate(seeds: std::ops::Range<u64>, steps: usize) -> Totals {
                     if !seeds.contains(&seed) {
                         return;
                     }
-                    match World::new(seed).run(steps) {
-                        Ok(run) => totals.lock().expect("no thread panicked").add(&run),
-                        Err(error) => panic!("seed {seed}: {error}"),
+                    let run = World::new(seed).run(steps);
+                    let mut totals = totals.lock().expect("no thread panicked");
+                    match (run, totals.as_mut()) {
+                        (Ok(run), Ok(totals)) => totals.add(&run),
+                        (Err(error), Ok(_)) => *totals = Err(format!("seed {seed}: {error}")),
+                        (_, Err(_)) => return,
                     }
                 }
             });
         }
     });
-    totals.into_inner().expect("no thread panicked")
+    totals.into_inner().expect("no thread panicked").unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The runs must have met what they are there for.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use longhaul_backend::{DType, HeadGroups, KvLayout, SequenceInputs, StepInputs};
 use longhaul_scheduler::{
     CacheIdentity, CacheScope, Config, Event, FinishReason, KeyId, QueueLimits, Request, RequestId,
     SampleResult, Scheduler, SequenceId, StepPlan, StepResults,
@@ -109,6 +110,35 @@ fn config(rng: &mut Rng) -> Config {
         cache_identity: CacheIdentity { secret: [rng.below(256) as u8; 32], ..CacheIdentity::default() },
         ..Config::new(blocks, block_size, rng.range(24, 120).min(blocks * block_size * 5 / 4))
     }
+}
+
+/// A plan is what a device takes: it becomes step inputs as it is, and they are in order.
+fn check_inputs(plan: &StepPlan, config: &Config) -> Result<(), String> {
+    let layout = KvLayout {
+        layers: 1,
+        query_heads: 1,
+        kv_heads: 1,
+        groups: HeadGroups::Even,
+        head_dim: 1,
+        block_size: config.block_size,
+        blocks: config.blocks,
+        dtype: DType::F32,
+    };
+    let inputs = StepInputs {
+        ids: plan.ids.clone(),
+        logit_scales: vec![1.0; plan.rows()],
+        sequences: plan
+            .sequences
+            .iter()
+            .map(|s| SequenceInputs { rows: s.rows, kv_len: s.kv_len, block_table: s.block_table.clone() })
+            .collect(),
+        logit_rows: plan.logit_rows.clone(),
+    };
+    let copies: Vec<(u32, u32)> = plan.copies.iter().map(|c| (c.source, c.destination)).collect();
+    let checked = inputs.check(&layout).and_then(|()| layout.check_copies(&copies));
+    checked.map_err(|e| e.to_string())?;
+    // The last layer may skip all rows but these.
+    inputs.logit_tail().map(drop).ok_or_else(|| "a logit row is not the last of its sequence".into())
 }
 
 impl World {
@@ -428,6 +458,7 @@ impl World {
                 }
             }
         }
+        check_inputs(plan, config)?;
         if row != plan.rows() || draws.next().is_some() || pending.next().is_some() {
             return fail("rows are left over".into());
         }
