@@ -5,6 +5,34 @@
 //! the same plans. It knows no device, no model and no text. Attention is paged, and cached keys depend on the tokens before
 //! them alone, under Dual Chunk Attention too, so nothing here knows which attention it is.
 //!
+//! ```
+//! use std::time::Duration;
+//! use longhaul_scheduler::{
+//!     Config, Event, KeyId, Request, RequestId, SampleResult, Scheduler, StepResults, Update,
+//! };
+//!
+//! let mut scheduler = Scheduler::new(Config::new(64, 16, 1024))?;
+//! let mut events = vec![Event::Submit(Request::new(RequestId(1), KeyId(0), vec![11, 12, 13], 2))];
+//! let mut now = Duration::ZERO;
+//! let mut tokens = Vec::new();
+//! loop {
+//!     let step = scheduler.step(now, events.drain(..))?;
+//!     for update in step.updates {
+//!         if let Update::Token { token, .. } = update {
+//!             tokens.push(token);
+//!         }
+//!     }
+//!     // A server would wait for more events here.
+//!     let Some(plan) = step.plan else { break };
+//!     // Here the device runs the plan. This one always draws 7.
+//!     let samples = vec![SampleResult::Token(7); plan.samples.len()];
+//!     events.push(Event::Results(StepResults { step: plan.step, samples }));
+//!     now += Duration::from_millis(10);
+//! }
+//! assert_eq!(tokens, [7, 7]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # A step
 //!
 //! 1. **Decode.** Each running sequence that is one row short of its next token gets that row, the first in rank first. Where it

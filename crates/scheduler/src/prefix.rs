@@ -53,9 +53,8 @@ pub fn root_hash(
 pub fn block_hash(parent: BlockHash, tokens: impl IntoIterator<Item = u32>) -> BlockHash {
     let mut hasher = Sha256::new();
     hasher.update(parent.0);
-    for token in tokens {
-        hasher.update(token.to_le_bytes());
-    }
+    let ids: Vec<u8> = tokens.into_iter().flat_map(u32::to_le_bytes).collect();
+    hasher.update(&ids);
     BlockHash(hasher.finalize().into())
 }
 

@@ -140,6 +140,9 @@ impl Ledger {
                 if (usage.output_tokens, usage.prompt_tokens) != (told, row.request.prompt.len()) {
                     return Err(format!("{id:?} was told {told} tokens, its usage is {usage:?}"));
                 }
+                if usage.preemptions as usize > 8 * row.request.choices {
+                    return Err(format!("{id:?} was preempted {} times", usage.preemptions));
+                }
                 self.max_preemptions = self.max_preemptions.max(usage.preemptions);
                 self.cached_tokens += usage.cached_tokens as u64;
                 match justified(row, outcome, refusal.as_ref(), config, now, stopped) {
