@@ -1,6 +1,7 @@
 //! Arguments of every command.
 
 mod all_reduce;
+mod bench;
 mod nodes;
 mod plan;
 mod values;
@@ -16,6 +17,7 @@ use longhaul_engine::{
 use crate::exit;
 
 pub use all_reduce::AllReduceArg;
+pub use bench::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
 pub use nodes::NodesArgs;
 pub use plan::{KvDType, PlanArgs, PlanDType};
 use values::{emulator_options, fraction, token_count};
@@ -477,61 +479,6 @@ pub struct DetokenizeArgs {
     /// demo, a directory or a hub id
     #[arg(long, default_value = "demo", value_name = "NAME|DIR")]
     pub model: String,
-}
-
-/// Measurements, each beside its limit
-#[derive(Debug, Args)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    pub what: BenchCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum BenchCommand {
-    Latency(Box<LatencyArgs>),
-    Kernels(KernelsArgs),
-}
-
-/// Every CUDA kernel at the shapes of the five models, beside the limit it is a fraction of
-#[derive(Debug, Args)]
-pub struct KernelsArgs {
-    /// Where to run. emulated: bytes and operations are counted, nothing is launched
-    #[arg(long, value_parser = device, default_value = "auto", value_name = "auto|cuda[:N]|emulated")]
-    pub device: Device,
-    /// Which kernels run
-    #[arg(long, value_enum, default_value_t = KernelsArg::Auto)]
-    pub kernels: KernelsArg,
-    /// Only ops whose name contains this, such as attention
-    #[arg(long, value_name = "TEXT")]
-    pub op: Option<String>,
-    /// Only this model, such as qwen2-7b
-    #[arg(long, value_name = "NAME")]
-    pub model: Option<String>,
-    /// One JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// One request at a time: prefill and decode speed, decode as a fraction of the memory bandwidth
-#[derive(Debug, Args)]
-pub struct LatencyArgs {
-    /// Tokens of the prompt
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub input_len: u32,
-    /// Tokens to generate
-    #[arg(long, default_value_t = 64, value_name = "TOKENS")]
-    pub output_len: u32,
-    /// Measured runs after one warm-up
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    pub runs: usize,
-    /// Tokens of a prefill step [default: 512]
-    #[arg(long, value_name = "TOKENS")]
-    pub chunk: Option<usize>,
-    /// One JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-    #[command(flatten)]
-    pub model: ModelArgs,
 }
 
 #[cfg(test)]

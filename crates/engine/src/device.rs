@@ -227,6 +227,15 @@ pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
     Ok(opened)
 }
 
+/// How the model is dealt over ranks.
+///
+/// # Errors
+/// The model's.
+pub(crate) fn shard_plan(options: &DeviceOptions, spec: &ModelSpec) -> Result<ShardPlan> {
+    let group = ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
+    Ok(ShardPlan::new(spec, options.tensor_parallel, &group)?)
+}
+
 impl Opened {
     /// The positions of a model whose context fits the device, and what the user should know about them. `asked`: the
     /// context of `wanted` is the user's choice, otherwise less will do; `profile` makes the positions of another one.
@@ -292,15 +301,6 @@ impl Opened {
             Place::Cuda(devices) => devices.place(options, spec, positions, plan, source, progress),
         }
     }
-}
-
-/// How the model is dealt over ranks.
-///
-/// # Errors
-/// The model's.
-pub(crate) fn shard_plan(options: &DeviceOptions, spec: &ModelSpec) -> Result<ShardPlan> {
-    let group = ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
-    Ok(ShardPlan::new(spec, options.tensor_parallel, &group)?)
 }
 
 /// A device without a model, for measuring kernels; the flag says whether its times mean anything.

@@ -183,17 +183,18 @@ impl<B: Backend> Model<B> {
         let loader = Loader { backend: &backend, source, shard };
         let mut report = || progress(source.bytes_read(), source.total_bytes());
         let embedding = loader.matrix(&[(Role::Embedding, "model.embed_tokens.weight".into())])?;
+        // The largest tensors come first: while the device makes its own form of one, the file's form is there, too.
+        let head = if spec.tied_embeddings {
+            embedding.clone()
+        } else {
+            loader.matrix(&[(Role::Head, "lm_head.weight".into())])?
+        };
         let mut layers = Vec::with_capacity(spec.layers);
         for layer in 0..spec.layers {
             report();
             layers.push(loader.layer(spec, layer)?);
         }
         let norm = loader.vector(&[(Role::Replicated, "model.norm.weight".into())])?;
-        let head = if spec.tied_embeddings {
-            embedding.clone()
-        } else {
-            loader.matrix(&[(Role::Head, "lm_head.weight".into())])?
-        };
         let rope = backend.rope(positions.tables())?;
         report();
         Ok(Self {

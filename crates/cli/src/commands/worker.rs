@@ -18,7 +18,7 @@ pub fn loader(command: &Command) -> Result<Option<Loader>> {
         Command::Ask(args) => &args.model,
         Command::Bench(args) => match &args.what {
             BenchCommand::Latency(args) => &args.model,
-            BenchCommand::Kernels(_) => return Ok(None),
+            _ => return Ok(None),
         },
         Command::Chat(args) => &args.model,
         Command::Generate(args) => &args.model,
@@ -35,7 +35,7 @@ pub fn loader(command: &Command) -> Result<Option<Loader>> {
         Command::Ask(args) => ask::loader(args)?,
         Command::Bench(args) => match &args.what {
             BenchCommand::Latency(args) => bench::latency_loader(args)?,
-            BenchCommand::Kernels(_) => return Ok(None),
+            _ => return Ok(None),
         },
         Command::Chat(args) => chat::loader(args)?,
         Command::Generate(args) => generate::loader(args)?,
