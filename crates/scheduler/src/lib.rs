@@ -73,8 +73,10 @@
 //! - **Nobody's KV is another's.** A block is found by SHA-256 over all tokens before it and in it, a secret of the process, the
 //!   model, the position profile, the key (unless sharing is asked for) and the salt. It is written by one sequence that holds
 //!   it alone, and never once it can be found.
-//! - **Nothing that is not finite is kept.** A block can be found only once a later row of its sequence had finite logits, which proves
-//!   all KV that the row has read. What is given up without that proof is zeroed before its next use ([`StepPlan::scrub`]).
+//! - **NaN is not kept.** A block can be found only once a row of its sequence that has read it had finite logits, which no NaN
+//!   among the keys and values would have left it. What is given up without that proof is zeroed before its next use
+//!   ([`StepPlan::scrub`]). (An infinite key can hide behind a score of −∞. The first row that it spoils takes it out of the cache,
+//!   with all that the row has read.)
 //!
 //! # Steps in flight
 //!

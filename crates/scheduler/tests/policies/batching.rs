@@ -53,7 +53,7 @@ fn short_prompts_do_not_stop_a_long_one() {
     let mut turns = 1;
     while h.outcome(long).is_none() {
         for key in 1..4 {
-            h.submit(key, prompt(turns * 4 + key as u32, 12), 1);
+            h.submit(key, prompt(turns * 4 + key as u32, 11), 1);
         }
         let plan = h.turn();
         assert!(plan.is_some_and(|plan| rows(&plan, long) >= 8 || h.outcome(long).is_some()));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use longhaul_scheduler::{CacheScope, Event, SampleResult, StepPlan, StepResults};
+use longhaul_scheduler::{CacheScope, Config, Event, FinishReason, SampleResult, StepPlan, StepResults};
 
 use crate::harness::{Harness, TOKEN, choice, config, first, prompt, rows};
 
@@ -55,15 +55,31 @@ fn who_agrees_to_share_shares() {
 /// Output tokens, too, are a prefix of what may come next: the next turn of a chat.
 #[test]
 fn a_chat_finds_its_last_answer() {
-    let mut h = Harness::new(config(40));
-    h.submit(1, prompt(0, 5), 6);
-    h.run();
-    let mut next = prompt(0, 5);
-    next.extend([TOKEN; 6]);
-    next.extend(prompt(3, 2));
-    let id = h.submit(1, next, 1);
-    h.run();
-    assert_eq!(h.usage(id).cached_tokens, 8, "of 10 tokens whose KV was computed");
+    for max_in_flight in [1, 2] {
+        let mut h = Harness::new(Config { max_in_flight, ..config(40) });
+        h.submit(1, prompt(0, 5), 6);
+        run_ahead(&mut h);
+        let mut next = prompt(0, 5);
+        next.extend([TOKEN; 6]);
+        next.extend(prompt(3, 2));
+        let id = h.submit(1, next, 1);
+        run_ahead(&mut h);
+        assert_eq!(h.usage(id).cached_tokens, 8, "of 10 tokens whose KV was computed");
+    }
+}
+
+/// Turns in which the device answers as late as it may.
+fn run_ahead(h: &mut Harness) {
+    let mut on_device = std::collections::VecDeque::new();
+    loop {
+        match h.plan() {
+            Some(plan) => on_device.push_back(plan),
+            None => match on_device.pop_front() {
+                Some(plan) => h.done(&plan),
+                None => break,
+            },
+        }
+    }
 }
 
 /// The choices share the prompt's whole blocks, and copy the one that they continue.
@@ -183,4 +199,78 @@ fn cached_blocks_are_given_up_when_needed() {
     let id = h.submit(1, prompt(4, 16), 2);
     h.run();
     assert_eq!(h.usage(id).cached_tokens, 0);
+}
+
+/// Blocks that are zeroed when a request takes the whole pool.
+fn zeroed_in_all(h: &mut Harness) -> BTreeSet<u32> {
+    let blocks = h.scheduler.config().blocks;
+    h.submit(9, prompt(9, blocks * 4 - 4), 4);
+    h.run().iter().flat_map(|plan| plan.scrub.clone()).collect()
+}
+
+/// Two choices after a prompt of 6 tokens, two steps in flight: the first choice's second row is being written to the block that
+/// both share when the copy is made, and what it gives is never seen, since a stop string ends that choice.
+fn copy_in_flight(max_tokens: usize) -> (Harness, StepPlan) {
+    let mut h = Harness::new(Config { max_in_flight: 2, ..config(12) });
+    let mut request = h.request(1, prompt(0, 6), max_tokens);
+    request.choices = 2;
+    request.stop_tokens = vec![99];
+    let id = h.send(request);
+    let prefill = h.plan().unwrap();
+    let unseen = h.plan().unwrap();
+    h.done(&prefill);
+    let copying = h.plan().unwrap();
+    assert_eq!(copying.copies.len(), 1);
+    assert_eq!(copying.copies[0].source, unseen.sequences[0].block_table[1]);
+    h.events.push(Event::Finish { sequence: choice(id, 0), reason: FinishReason::Stop });
+    h.done(&unseen);
+    let samples = vec![SampleResult::Token(99); copying.samples.len()];
+    h.events.push(Event::Results(StepResults { step: copying.step, samples }));
+    h.run();
+    assert_eq!(h.outcome(id).map(|o| o.label()), Some("stop"));
+    (h, copying)
+}
+
+#[test]
+fn a_block_that_was_copied_from_under_a_step_in_flight_is_zeroed() {
+    let (mut h, plan) = copy_in_flight(10);
+    assert!(zeroed_in_all(&mut h).contains(&plan.copies[0].source));
+}
+
+#[test]
+fn a_copy_of_what_a_step_in_flight_writes_is_zeroed() {
+    // The first choice has no more rows, so that it is the second that copies.
+    let (mut h, plan) = copy_in_flight(2);
+    assert!(zeroed_in_all(&mut h).contains(&plan.copies[0].destination));
+}
+
+/// A cached block that went bad fails one request, not all that follow.
+#[test]
+fn what_was_read_before_a_row_that_is_not_finite_leaves_the_cache() {
+    let mut h = Harness::new(config(20));
+    h.submit(1, prompt(0, 20), 2);
+    h.run();
+    let victim = h.submit(1, prompt(0, 20), 2);
+    let plan = h.plan().unwrap();
+    assert_eq!(rows(&plan, victim), 4);
+    let results = StepResults { step: plan.step, samples: vec![SampleResult::NotFinite] };
+    h.events.push(Event::Results(results));
+    h.run();
+    assert_eq!(h.usage(victim).cached_tokens, 16);
+    let next = h.submit(1, prompt(0, 20), 2);
+    h.run();
+    assert_eq!(h.usage(next).cached_tokens, 0);
+}
+
+/// Many that grow in a pool for one: each preemption doubles the room that a sequence needs to come back.
+#[test]
+fn nobody_comes_and_goes() {
+    let blocks = 100;
+    let mut h = Harness::new(config(blocks));
+    let ids: Vec<_> = (0..40).map(|seed| h.submit(u64::from(seed % 3), prompt(seed, 8), 300)).collect();
+    h.run();
+    for id in ids {
+        assert!(h.usage(id).preemptions <= blocks.ilog2(), "{:?}", h.usage(id));
+    }
+    assert!(h.scheduler.snapshot().preemptions > 40);
 }
