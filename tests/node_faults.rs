@@ -145,7 +145,7 @@ fn survivors_of_a_stopped_node_end() {
 }
 
 #[test]
-#[ignore = "nightly: ten minutes"]
+#[ignore = "nightly: a quarter of an hour"]
 fn faults_of_nodes_at_100_moments() {
     strike_at_random(Fault::Kill, 100);
     strike_at_random(Fault::Stop, 100);
@@ -178,7 +178,7 @@ fn a_process_ends_with_a_rank_that_hangs() {
 
 #[cfg(feature = "faults")]
 #[test]
-#[ignore = "nightly: ten minutes"]
+#[ignore = "nightly: a quarter of an hour"]
 fn faults_of_ranks_at_100_moments() {
     for kind in ["hang", "fail", "panic"] {
         strike_at_random(Fault::Rank(kind), 100);
