@@ -62,6 +62,73 @@ fn goldens_match_with_an_fp8_cache() {
     }
 }
 
+/// One golden over `tp` emulated devices, in bf16.
+fn check_ranks(golden: &Golden, tp: usize, chunk: Option<usize>, extra: &[&str], seed: usize) {
+    let copies = if seed.is_multiple_of(2) { "eager" } else { "lazy" };
+    let (tp, emulator) = (tp.to_string(), format!("seed={},copies={copies}", seed + 1));
+    let extra = [&["--tp", &tp, "--emulator", &emulator], extra].concat();
+    let (shape, values) = logits_on("emulated", golden, chunk, &extra);
+    assert_eq!(shape, [golden.input_ids.len(), golden.vocab]);
+    golden.assert_close_in_bf16(
+        &format!("{} chunk {chunk:?} {extra:?}", golden.name),
+        &values,
+        BF16_TOLERANCE,
+    );
+}
+
+const RANKS: [usize; 3] = [2, 3, 4];
+const RANK_CHUNKS: [Option<usize>; 3] = [None, Some(64), Some(23)];
+
+/// Every golden over 2, 3 and 4 ranks, and experts dealt whole. The chunks take turns, so that every number of ranks meets each
+/// of them on some goldens; the nightly test has all of them on all.
+#[test]
+fn goldens_match_over_ranks() {
+    for (index, case) in golden_cases().into_iter().enumerate() {
+        let golden = Golden::load(&case);
+        for (turn, tp) in RANKS.into_iter().enumerate() {
+            let chunk = RANK_CHUNKS[(index + turn) % RANK_CHUNKS.len()];
+            check_ranks(&golden, tp, chunk, &[], index + turn);
+            if golden.name.starts_with("moe") {
+                check_ranks(&golden, tp, chunk, &["--expert-parallel"], index + turn);
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "nightly: all combinations of what goldens_match_over_ranks samples, some minutes"]
+fn goldens_match_over_ranks_in_every_chunking() {
+    for (index, case) in golden_cases().into_iter().enumerate() {
+        let golden = Golden::load(&case);
+        for tp in RANKS.into_iter().chain([8, 16]) {
+            for chunk in RANK_CHUNKS {
+                check_ranks(&golden, tp, chunk, &[], index + tp);
+                check_ranks(&golden, tp, chunk, &["--all-reduce", "host"], index + tp);
+                if golden.name.starts_with("moe") {
+                    check_ranks(&golden, tp, chunk, &["--expert-parallel"], index + tp);
+                }
+            }
+        }
+    }
+}
+
+/// Greedy tokens over ranks in float32: recorded steps peer to peer, op by op through the host.
+#[test]
+fn greedy_tokens_match_over_ranks() {
+    for (index, case) in golden_cases().into_iter().enumerate() {
+        let golden = Golden::load(&case);
+        let ids = ids_file(&golden.input_ids);
+        let mut command = longhaul();
+        command.args(["generate", "--temperature", "0", "--ignore-eos", "--json", "--device", "emulated"]);
+        command.args(["--dtype", "float32", "--tp", &RANKS[index % 3].to_string()]);
+        command.args(["--all-reduce", if index % 4 == 3 { "host" } else { "peer" }]);
+        command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
+        command.args(["--max-tokens", &golden.greedy.len().to_string()]);
+        let got: Vec<u32> = serde_json::from_value(json_output(&mut command)["ids"].clone()).unwrap();
+        assert_eq!(got, golden.greedy, "{}", golden.name);
+    }
+}
+
 /// A cache of another precision than the products', and the one that the CPU does not have.
 #[test]
 fn the_cache_dtype_is_independent_of_the_products() {

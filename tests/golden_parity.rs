@@ -117,9 +117,16 @@ fn a_group_that_cannot_be_is_refused() {
         command.args(["generate", "--max-tokens", "1", "--ids-file"]).arg(ids.path()).args(extra);
         common::fail(&mut command)
     };
-    let (code, message) = run(&["--tp", "2", "--device", "emulated"]);
+    // What there is to sum over, and where.
+    let (code, message) = run(&["--tp", "2", "--device", "cpu", "--all-reduce", "peer"]);
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("--all-reduce") && message.contains("CUDA devices"), "{message}");
+    let (code, message) = run(&["--device", "emulated", "--all-reduce", "host"]);
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("--all-reduce") && message.contains("--tp 2"), "{message}");
+    let (code, message) = run(&["--tp", "2", "--device", "emulated", "--all-reduce", "nccl"]);
     assert_eq!(code, 69, "{message}");
-    assert!(message.contains("--tp 2") && message.contains("--device cpu"), "{message}");
+    assert!(message.contains("--all-reduce nccl") && message.contains("host"), "{message}");
     let (code, message) = run(&["--expert-parallel"]);
     assert_eq!(code, 64, "{message}");
     assert!(message.contains("no experts"), "{message}");

@@ -26,6 +26,7 @@ enum : CUresult {
     kInvalidContext = 201,
     kNotFound = 500,
     kIllegalAddress = 700,
+    kPeerAccessAlreadyEnabled = 704,
     kCaptureUnsupported = 900,
     kCaptureInvalidated = 901,
 };
@@ -46,6 +47,7 @@ struct RawLaunch {
     uint32_t shared_bytes;
     uint32_t eager;
     uint32_t resident_blocks;
+    uint32_t across_devices;
 };
 using EmulatedLaunch = int (*)(const RawLaunch*, char*, size_t);
 using EmulatedAllocate = void* (*)(const char*, uint64_t);
@@ -269,6 +271,21 @@ CUresult cuDevicePrimaryCtxRelease_v2(int) {
 CUresult cuCtxSetCurrent(void* context) {
     context_is_current = context != nullptr;
     return driver().sticky;
+}
+
+// FAKE_CUDA_PEERS: whether devices map each other's memory. The second time is an error, as with the real one.
+CUresult cuDeviceCanAccessPeer(int* possible, int device, int peer) {
+    *possible = device != peer && setting("FAKE_CUDA_PEERS", 0) != 0;
+    return kSuccess;
+}
+
+CUresult cuCtxEnablePeerAccess(void* context, unsigned flags) {
+    static bool enabled = false;
+    if (CUresult status = enter()) return status;
+    if (context == nullptr || flags != 0) return kInvalidValue;
+    if (enabled) return kPeerAccessAlreadyEnabled;
+    enabled = true;
+    return kSuccess;
 }
 
 CUresult cuGetErrorName(CUresult error, const char** text) {
