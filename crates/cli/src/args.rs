@@ -5,6 +5,7 @@ mod nodes;
 mod plan;
 mod values;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -81,6 +82,10 @@ pub struct ModelArgs {
     /// Deal routed experts whole over the ranks instead of cutting each by columns
     #[arg(long)]
     pub expert_parallel: bool,
+    /// Run steps of at least N rows (prefill) in two halves: while the ranks sum one, they compute the other. CPU ranks
+    /// only; the same bits; 0 = never
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub overlap_prefill_rows: usize,
     /// CPU threads of this node's ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -134,6 +139,7 @@ impl ModelArgs {
                 threads: self.threads,
                 tensor_parallel: self.tp.into(),
                 expert_parallel: self.expert_parallel,
+                overlap_prefill_rows: NonZeroUsize::new(self.overlap_prefill_rows),
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,
