@@ -309,3 +309,22 @@ fn plans_deal_experts_and_refuse_what_cannot_be_dealt() {
     assert_eq!(code, 64, "{message}");
     assert!(message.contains("qwen2-7b"), "{message}");
 }
+
+#[test]
+fn halves_overlap_only_among_cpu_ranks() {
+    for (arguments, word) in
+        [(&["--device", "cpu"][..], "--tp 2"), (&["--device", "emulated"], "--device cpu")]
+    {
+        let mut command = longhaul();
+        command.args(["generate", "--prompt", "x", "--overlap-prefill-rows", "64"]).args(arguments);
+        let (code, message) = fail(&mut command);
+        assert_eq!(code, 64, "{message}");
+        assert!(message.contains("--overlap-prefill-rows") && message.contains(word), "{message}");
+    }
+    let answer = |extra: &[&str]| {
+        let mut command = longhaul();
+        command.args(["generate", "--json", "--prompt", QUESTION, "--max-tokens", "8", "--temperature", "0"]);
+        json_output(command.args(["--device", "cpu", "--tp", "2"]).args(extra))["ids"].clone()
+    };
+    assert_eq!(answer(&["--overlap-prefill-rows", "2"]), answer(&[]));
+}

@@ -1,4 +1,4 @@
-use crate::{HostTensor, KvLayout, Result, RopeTables, Sampled, SamplingRow, StepInputs};
+use crate::{HostTensor, KvLayout, Pending, Result, RopeTables, Sampled, SamplingRow, StepInputs};
 
 /// A linear layer: `y = x · weightᵀ + bias`.
 #[derive(Debug)]
@@ -242,6 +242,16 @@ pub trait Backend {
         self.add_rms_norm(self.all_reduce(x)?, residual, weight, eps)
     }
 
+    /// Starts [`Backend::all_reduce`], so that other ops run meanwhile. Until [`Pending::finish`] has given the sum, no
+    /// operation among the ranks may follow but more starts, which are summed in their order. A device that cannot do
+    /// both at once takes the sum here.
+    ///
+    /// # Errors
+    /// A rank that failed.
+    fn start_all_reduce(&self, x: Self::Tensor) -> Result<Pending<Self::Tensor>> {
+        Ok(Pending::ready(self.all_reduce(x)?))
+    }
+
     /// Every rank's `x` (`[rows, shares[rank]]`) side by side: `[rows, sum of shares]`; the identity on one rank.
     ///
     /// # Errors
@@ -253,6 +263,12 @@ pub trait Backend {
     /// # Errors
     /// Shapes that do not fit.
     fn logit_rows(&self, x: &Self::Tensor, step: &Self::Step) -> Result<Self::Tensor>;
+
+    /// `parts`, which are equally wide, one below the other.
+    ///
+    /// # Errors
+    /// Parts of different widths, or none.
+    fn stack_rows(&self, parts: &[Self::Tensor]) -> Result<Self::Tensor>;
 
     /// Copies an activation to the host, row-major.
     ///

@@ -67,6 +67,38 @@ impl StepInputs {
         Some(tail)
     }
 
+    /// The step's first `rows` rows, and the others as a step to run after it. A sequence that lies in both ends in the
+    /// first at the cut. One after the other, layer by layer or whole, they do what the step does, as long as no sequence reads
+    /// blocks that a later one writes.
+    pub fn split(self, rows: usize) -> (StepInputs, StepInputs) {
+        let cut = rows.min(self.rows());
+        let Self { mut ids, mut logit_scales, sequences, logit_rows } = self;
+        let mut second = StepInputs {
+            ids: ids.split_off(cut.min(ids.len())),
+            logit_scales: logit_scales.split_off(cut.min(logit_scales.len())),
+            ..StepInputs::default()
+        };
+        let mut first = StepInputs { ids, logit_scales, ..StepInputs::default() };
+        let mut before = 0;
+        for sequence in sequences {
+            let (rows, kv_len) = (sequence.rows, sequence.kv_len);
+            let ours = cut.saturating_sub(before).min(rows);
+            before += rows;
+            if ours == rows {
+                first.sequences.push(sequence);
+            } else if ours == 0 {
+                second.sequences.push(sequence);
+            } else {
+                let (rest, length) = (rows - ours, kv_len.saturating_sub(rows - ours));
+                first.sequences.push(SequenceInputs { rows: ours, kv_len: length, ..sequence.clone() });
+                second.sequences.push(SequenceInputs { rows: rest, ..sequence });
+            }
+        }
+        (first.logit_rows, second.logit_rows) = logit_rows.into_iter().partition(|&row| row < cut);
+        second.logit_rows.iter_mut().for_each(|row| *row -= cut);
+        (first, second)
+    }
+
     /// Checks that the plan is consistent in itself and with the KV pool, so that devices need not.
     ///
     /// # Errors
@@ -142,6 +174,28 @@ mod tests {
     fn positions_follow_the_sequences() {
         assert_eq!(step().positions(), [16, 17, 0]);
         step().check(&LAYOUT).unwrap();
+    }
+
+    #[test]
+    fn a_step_is_cut_at_any_row() {
+        for cut in 0..=3 {
+            let whole = step();
+            let (first, second) = step().split(cut);
+            assert_eq!((first.rows(), second.rows()), (cut, 3 - cut));
+            for part in [&first, &second].into_iter().filter(|part| part.rows() > 0) {
+                part.check(&LAYOUT).unwrap();
+            }
+            assert_eq!([first.ids.clone(), second.ids.clone()].concat(), whole.ids);
+            assert_eq!([first.positions(), second.positions()].concat(), whole.positions());
+            let wanted =
+                first.logit_rows.iter().copied().chain(second.logit_rows.iter().map(|row| row + cut));
+            assert_eq!(wanted.collect::<Vec<_>>(), whole.logit_rows);
+        }
+        // Within the first sequence: its first row alone, then the rest on the same blocks.
+        let (first, second) = step().split(1);
+        assert_eq!(first.sequences, [SequenceInputs { rows: 1, kv_len: 17, block_table: vec![0, 2] }]);
+        assert_eq!(second.sequences[0], SequenceInputs { rows: 1, kv_len: 18, block_table: vec![0, 2] });
+        assert_eq!(second.sequences[1], step().sequences[1]);
     }
 
     #[test]

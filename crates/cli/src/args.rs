@@ -6,6 +6,7 @@ mod nodes;
 mod plan;
 mod values;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -87,6 +88,10 @@ pub struct ModelArgs {
     /// nccl: NVIDIA's library. host: through the host's memory, works everywhere, slow. auto: the first of these that works
     #[arg(long, value_enum, default_value_t = AllReduceArg::Auto)]
     pub all_reduce: AllReduceArg,
+    /// Run steps of at least N rows (prefill) in two halves: while the ranks sum one, they compute the other. CPU ranks
+    /// only; the same bits; 0 = never
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub overlap_prefill_rows: usize,
     /// CPU threads of this node's ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -141,6 +146,7 @@ impl ModelArgs {
                 tensor_parallel: self.tp.into(),
                 expert_parallel: self.expert_parallel,
                 all_reduce: self.all_reduce.into(),
+                overlap_prefill_rows: NonZeroUsize::new(self.overlap_prefill_rows),
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,

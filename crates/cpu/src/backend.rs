@@ -2,13 +2,14 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use longhaul_backend::{
-    Backend, Collective, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables,
-    Sampled, SamplingRow, Single, StepInputs,
+    Backend, Collective, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Pending, Result,
+    RopeTables, Sampled, SamplingRow, Single, StepInputs,
 };
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::attention::attention;
 use crate::elementwise::add_rms_norm;
+use crate::exchanger::Exchanger;
 use crate::kv::KvCache;
 use crate::linear::{Gemm, Precision};
 use crate::matrix::Matrix;
@@ -22,6 +23,7 @@ pub struct Cpu {
     gemm: Gemm,
     pool: ThreadPool,
     group: Arc<dyn Collective>,
+    exchanger: Option<Exchanger>,
 }
 
 /// The CPU could not be set up.
@@ -53,13 +55,24 @@ impl Cpu {
             .thread_name(|i| format!("longhaul-cpu-{i}"))
             .build()
             .map_err(|e| CpuError::Threads { threads, message: e.to_string() })?;
-        Ok(Self { gemm, pool, group: Arc::new(Single) })
+        Ok(Self { gemm, pool, group: Arc::new(Single), exchanger: None })
     }
 
     /// The same device as a rank of a tensor-parallel group.
     #[must_use]
     pub fn in_group(self, group: Arc<dyn Collective>) -> Self {
-        Self { group, ..self }
+        Self { group, exchanger: None, ..self }
+    }
+
+    /// The same rank with a thread of its own for [`Backend::start_all_reduce`].
+    ///
+    /// # Errors
+    /// [`CpuError::Threads`].
+    pub fn with_exchanger(mut self) -> std::result::Result<Self, CpuError> {
+        let exchanger = Exchanger::start_thread(self.group.clone());
+        let failed = |e: std::io::Error| CpuError::Threads { threads: 1, message: e.to_string() };
+        self.exchanger = Some(exchanger.map_err(failed)?);
+        Ok(self)
     }
 
     /// Threads of the pool.
@@ -306,6 +319,16 @@ impl Backend for Cpu {
         from_rows("all_reduce", values, rows)
     }
 
+    fn start_all_reduce(&self, x: Tensor) -> Result<Pending<Tensor>> {
+        const OP: &str = "all_reduce";
+        let Some(exchanger) = &self.exchanger else {
+            return Ok(Pending::ready(self.all_reduce(x)?));
+        };
+        let (rows, _) = dims(OP, &x)?;
+        let sums = exchanger.start(with_values(OP, &x, |x| Ok(x.to_vec()))?)?;
+        Ok(Pending::started(move || from_rows(OP, sums.wait()?, rows)))
+    }
+
     fn all_gather(&self, x: Tensor, shares: &[usize]) -> Result<Tensor> {
         const OP: &str = "all_gather";
         let (rows, cols) = dims(OP, &x)?;
@@ -349,6 +372,26 @@ impl Backend for Cpu {
             Ok(out)
         })?;
         from_rows("logit_rows", out, step.logit_rows.len())
+    }
+
+    fn stack_rows(&self, parts: &[Tensor]) -> Result<Tensor> {
+        const OP: &str = "stack_rows";
+        let Some((_, cols)) = parts.first().map(|part| dims(OP, part)).transpose()? else {
+            return Err(Error::shape(OP, "no parts"));
+        };
+        let (mut rows, mut out) = (0, Vec::new());
+        for part in parts {
+            let (part_rows, part_cols) = dims(OP, part)?;
+            if part_cols != cols {
+                return Err(Error::shape(OP, format!("parts of {cols} and of {part_cols} columns")));
+            }
+            rows += part_rows;
+            with_values(OP, part, |values| {
+                out.extend_from_slice(values);
+                Ok(())
+            })?;
+        }
+        from_rows(OP, out, rows)
     }
 
     fn to_host(&self, x: &Tensor) -> Result<Vec<f32>> {

@@ -10,6 +10,7 @@
 mod attention;
 mod backend;
 mod elementwise;
+mod exchanger;
 mod kv;
 pub mod linear;
 pub mod matrix;

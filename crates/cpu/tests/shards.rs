@@ -1,10 +1,14 @@
 //! Tensor parallelism on the CPU: the goldens over any number of ranks, more than there are heads included, give the logits
 //! and the greedy tokens of one. Every rank reads its own part of the files and nothing else.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use longhaul_backend::{Backend, DType, SequenceInputs, StepInputs};
+use longhaul_backend::{
+    Backend, Collective, CollectiveError, DType, SequenceInputs, StepInputs, Values, ValuesMut,
+};
 use longhaul_collective::{Options, Threads};
 use longhaul_cpu::{Cpu, KvCache, Precision};
 use longhaul_model::{Model, ModelSpec, PositionProfile, ShardOptions, ShardPlan, WeightFormat};
@@ -50,15 +54,19 @@ fn run_rank(
     golden: &Golden,
     spec: &ModelSpec,
     plan: &ShardPlan,
-    chunk: usize,
-    group: Threads,
-    rank: usize,
+    (chunk, overlap_rows): (usize, Option<NonZeroUsize>),
+    group: Counted,
 ) -> (Vec<f32>, Vec<u32>) {
+    let rank = group.rank();
     let tokens = golden.input_ids.len() + golden.greedy.len();
     let positions = PositionProfile::new(spec, None, Some(tokens.max(spec.trained_window()))).unwrap();
     let source = Checkpoint::open(&golden.dir, &spec.tensors(), &spec.ignorable_tensors()).unwrap();
-    let cpu = Cpu::new(1, Precision::F32).unwrap().in_group(Arc::new(group));
+    let mut cpu = Cpu::new(1, Precision::F32).unwrap().in_group(Arc::new(group));
+    if overlap_rows.is_some() {
+        cpu = cpu.with_exchanger().unwrap();
+    }
     let model = Model::load_shard(cpu, spec, &positions, (plan, rank), &source, &mut |_, _| {}).unwrap();
+    let model = model.overlapping(overlap_rows);
     let shard = &plan.ranks()[rank];
     let dtype = spec.dtype.unwrap_or(DType::BF16);
     assert_eq!(
@@ -83,22 +91,35 @@ fn run_rank(
     (logits, greedy)
 }
 
-fn check(golden: &Golden, world_size: usize, chunk: usize, expert_parallel: bool) {
+/// Every rank's [`run_rank`], and the sums that rank 0 took.
+fn run(
+    golden: &Golden,
+    world_size: usize,
+    steps: (usize, Option<NonZeroUsize>),
+    expert_parallel: bool,
+) -> (Vec<(Vec<f32>, Vec<u32>)>, usize) {
     let config = std::fs::read(golden.dir.join("config.json")).unwrap();
     let spec = ModelSpec::from_config(&config, "config.json").unwrap();
     let options = ShardOptions { expert_parallel, ..ShardOptions::default() };
     let plan = ShardPlan::new(&spec, world_size, &options).unwrap();
-    let case = format!("{} over {world_size}, chunk {chunk}, experts {expert_parallel}", golden.name);
     let groups = Threads::group(world_size, Options::default()).unwrap();
-    let results: Vec<_> = thread::scope(|scope| {
+    let sums: Vec<Arc<AtomicUsize>> = groups.iter().map(|_| Arc::default()).collect();
+    let results = thread::scope(|scope| {
         let (spec, plan) = (&spec, &plan);
         let ranks: Vec<_> = groups
             .into_iter()
-            .enumerate()
-            .map(|(rank, group)| scope.spawn(move || run_rank(golden, spec, plan, chunk, group, rank)))
+            .zip(&sums)
+            .map(|(group, sums)| Counted { group, sums: sums.clone() })
+            .map(|group| scope.spawn(move || run_rank(golden, spec, plan, steps, group)))
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     });
+    (results, sums[0].load(Ordering::Relaxed))
+}
+
+fn check(golden: &Golden, world_size: usize, chunk: usize, expert_parallel: bool) {
+    let case = format!("{} over {world_size}, chunk {chunk}, experts {expert_parallel}", golden.name);
+    let (results, _) = run(golden, world_size, (chunk, None), expert_parallel);
     assert_close(&case, &results[0].0, &golden.logits, TOLERANCE);
     assert_eq!(results[0].1, golden.greedy, "{case}");
     for (rank, result) in results.iter().enumerate() {
@@ -134,5 +155,75 @@ fn experts_dealt_whole() {
             check(&golden, world_size, golden.input_ids.len(), true);
         }
         check(&golden, 20, 23, true);
+    }
+}
+
+/// A group that counts the sums.
+struct Counted {
+    group: Threads,
+    sums: Arc<AtomicUsize>,
+}
+
+impl Collective for Counted {
+    fn rank(&self) -> usize {
+        self.group.rank()
+    }
+    fn world_size(&self) -> usize {
+        self.group.world_size()
+    }
+    fn all_reduce(&self, values: ValuesMut<'_>) -> Result<(), CollectiveError> {
+        self.sums.fetch_add(1, Ordering::Relaxed);
+        self.group.all_reduce(values)
+    }
+    fn reduce_scatter(
+        &self,
+        input: Values<'_>,
+        counts: &[usize],
+        output: ValuesMut<'_>,
+    ) -> Result<(), CollectiveError> {
+        self.group.reduce_scatter(input, counts, output)
+    }
+    fn all_gather(
+        &self,
+        input: Values<'_>,
+        counts: &[usize],
+        output: ValuesMut<'_>,
+    ) -> Result<(), CollectiveError> {
+        self.group.all_gather(input, counts, output)
+    }
+    fn broadcast(&self, root: usize, values: ValuesMut<'_>) -> Result<(), CollectiveError> {
+        self.group.broadcast(root, values)
+    }
+    fn barrier(&self) -> Result<(), CollectiveError> {
+        self.group.barrier()
+    }
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.group.check()
+    }
+    fn abort(&self, message: &str) {
+        self.group.abort(message);
+    }
+}
+
+/// Halves that overlap give the bits of whole steps: in chunks, of which the last may have one row and stays whole, and in
+/// one go.
+#[test]
+fn overlapped_halves_change_no_bit() {
+    for dir in golden_cases() {
+        let golden = Golden::load(&dir);
+        let bits = |results: &[(Vec<f32>, Vec<u32>)]| -> Vec<(Vec<u32>, Vec<u32>)> {
+            results.iter().map(|(l, ids)| (l.iter().map(|l| l.to_bits()).collect(), ids.clone())).collect()
+        };
+        for ranks in [2, 3] {
+            for chunk in [7, golden.input_ids.len()] {
+                let whole = run(&golden, ranks, (chunk, None), false);
+                let halves = run(&golden, ranks, (chunk, NonZeroUsize::new(2)), false);
+                assert!(bits(&halves.0) == bits(&whole.0), "{} over {ranks}, chunk {chunk}", golden.name);
+                // A sum for each half instead of one, in every step of the prompt that has two rows.
+                let steps = golden.input_ids.chunks(chunk).filter(|ids| ids.len() > 1).count();
+                let layers = whole.1 / (golden.input_ids.chunks(chunk).count() + golden.greedy.len());
+                assert_eq!(halves.1, whole.1 + steps * layers, "{}", golden.name);
+            }
+        }
     }
 }

@@ -368,6 +368,10 @@ impl Backend for Cuda {
         Ok(embedding::gather_logit_rows(&self.ctx, x, step)?)
     }
 
+    fn stack_rows(&self, parts: &[Tensor]) -> Result<Tensor> {
+        Ok(embedding::stack_rows(&self.ctx, parts)?)
+    }
+
     fn to_host(&self, x: &Tensor) -> Result<Vec<f32>> {
         let values = self.ctx.tensor_to_f32(x);
         // What a group gave up on is wrong, and says why.

@@ -8,7 +8,7 @@ use common::{Random, context, relative_error, schedules, tolerance};
 use longhaul_backend::{HostTensor, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Element, EmulatedOptions, Memory};
 use longhaul_cuda::ops::activation::silu_and_mul;
-use longhaul_cuda::ops::embedding::{embed, embed_slice, gather_logit_rows};
+use longhaul_cuda::ops::embedding::{embed, embed_slice, gather_logit_rows, stack_rows};
 use longhaul_cuda::step::Step;
 use longhaul_cuda::weights::Matrix;
 use longhaul_cuda::{Context, CudaError, Variant};
@@ -109,5 +109,22 @@ fn the_gated_activation_matches_float64() {
         }
         let odd = ctx.tensor_from_f32(&[0.0; 3], 1, 3, element).unwrap();
         assert!(matches!(silu_and_mul(&ctx, &odd), Err(CudaError::Shape { .. })));
+    }
+}
+
+#[test]
+fn rows_are_stacked() {
+    for element in [Element::Bf16, Element::F32] {
+        let ctx = context(EmulatedOptions::default(), Variant::Plain, element);
+        let tensor = |rows: usize, cols: usize, from: usize| {
+            let values: Vec<f32> = (from..from + rows * cols).map(|v| v as f32).collect();
+            ctx.tensor_from_f32(&values, rows, cols, element).unwrap()
+        };
+        let parts = [tensor(2, 7, 0), tensor(0, 7, 0), tensor(3, 7, 14)];
+        let stacked = stack_rows(&ctx, &parts).unwrap();
+        assert_eq!((stacked.rows, stacked.cols), (5, 7));
+        assert_eq!(ctx.tensor_to_f32(&stacked).unwrap(), (0..35).map(|v| v as f32).collect::<Vec<_>>());
+        assert!(stack_rows(&ctx, &[tensor(1, 7, 0), tensor(1, 8, 0)]).is_err());
+        assert!(stack_rows(&ctx, &[]).is_err());
     }
 }

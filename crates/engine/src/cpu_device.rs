@@ -161,7 +161,13 @@ impl CpuRanks<'_> {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<CpuRunner> {
         let precision = self.options.precision.on_cpu(self.spec.dtype);
-        let cpu = Cpu::new(threads, precision).map_err(|e| cpu_error(e.to_string()))?.in_group(group.clone());
+        let overlap_rows = self.options.overlap_prefill_rows;
+        let cpu = Cpu::new(threads, precision).map(|cpu| cpu.in_group(group.clone()));
+        let cpu = match overlap_rows {
+            Some(_) => cpu.and_then(Cpu::with_exchanger),
+            None => cpu,
+        };
+        let cpu = cpu.map_err(|e| cpu_error(e.to_string()))?;
         let (rank, ranks) = (group.rank(), self.plan.ranks());
         let model =
             Model::load_shard(cpu, self.spec, self.positions, (self.plan, rank), self.source, progress)?;
@@ -171,7 +177,7 @@ impl CpuRanks<'_> {
         })?;
         let dtype = cpu_dtype(self.options, precision)?;
         let layout: KvLayout = shard.kv_layout(self.spec, self.positions.block_size(), self.blocks(), dtype);
-        CpuRunner::new(model, layout)
+        CpuRunner::new(model.overlapping(overlap_rows), layout)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Devices: from a choice and a model's files to a [`Runner`] with its KV pool.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -131,6 +132,9 @@ pub struct DeviceOptions {
     pub expert_parallel: bool,
     /// How partial sums of ranks on CUDA devices come together.
     pub all_reduce: AllReduce,
+    /// Rows from which a step of CPU ranks runs in two halves, so that one is summed over the ranks while they compute the
+    /// other; `None` = never.
+    pub overlap_prefill_rows: Option<NonZeroUsize>,
     /// Which CUDA kernels run.
     pub kernels: Kernels,
     /// Run every decode step op by op instead of from a recorded graph.
@@ -158,6 +162,7 @@ impl Default for DeviceOptions {
             tensor_parallel: 1,
             expert_parallel: false,
             all_reduce: AllReduce::default(),
+            overlap_prefill_rows: None,
             kernels: Kernels::default(),
             enforce_eager: false,
             kv_cache_dtype: KvCacheDtype::default(),
@@ -237,6 +242,20 @@ pub(crate) fn shard_plan(options: &DeviceOptions, spec: &ModelSpec) -> Result<Sh
 }
 
 impl Opened {
+    /// Refuses halves that overlap where there is nothing to overlap.
+    ///
+    /// # Errors
+    /// [`EngineError::Parameter`].
+    pub fn check_overlap(&self, options: &DeviceOptions) -> Result<()> {
+        let message = match self.place {
+            _ if options.overlap_prefill_rows.is_none() => return Ok(()),
+            Place::Cpu if options.tensor_parallel > 1 => return Ok(()),
+            Place::Cpu => "needs ranks to sum over: --tp 2 or more",
+            _ => "is for ranks on the CPU so far; use --device cpu, or leave it off",
+        };
+        Err(EngineError::Parameter { name: "--overlap-prefill-rows", message: message.into() })
+    }
+
     /// The positions of a model whose context fits the device, and what the user should know about them. `asked`: the
     /// context of `wanted` is the user's choice, otherwise less will do; `profile` makes the positions of another one.
     ///

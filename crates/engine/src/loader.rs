@@ -214,6 +214,7 @@ impl Loader {
             }
         };
         let device = open(&self.device)?;
+        device.check_overlap(&self.device)?;
         let mut notes: Vec<String> = device.note.iter().cloned().collect();
         let profile = |tokens| Ok(PositionProfile::new(&files.spec, self.long_context, Some(tokens))?);
         let asked = self.max_model_len.is_some();
@@ -252,7 +253,13 @@ impl Loader {
         }
         let precision = self.device.precision.on_cpu(files.spec.dtype);
         let cache = cpu_dtype(&self.device, precision)?;
-        let plan = Plan { shards, positions, precision: format!("{precision:?} products, {cache} cache") };
+        let overlap = match self.device.overlap_prefill_rows {
+            // Every rank must take the sums that the others take.
+            Some(rows) => format!(", halves overlap from {rows} rows"),
+            None => String::new(),
+        };
+        let precision = format!("{precision:?} products, {cache} cache{overlap}");
+        let plan = Plan { shards, positions, precision };
         let identity = identity(&files.spec, source, &files.tokenizer_hash, &plan, nodes);
         nodes::meet(options, &identity, ranks, self.device.step_timeout).map(Some)
     }

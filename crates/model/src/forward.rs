@@ -1,7 +1,9 @@
 //! The Qwen2 forward pass, written once over [`Backend`].
 
+use std::num::NonZeroUsize;
+
 use longhaul_backend::{
-    Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, SharedExpert,
+    Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, Pending, SharedExpert,
 };
 use longhaul_backend::{KvLayout, StepInputs};
 use longhaul_weights::TensorSource;
@@ -25,6 +27,8 @@ pub struct Model<B: Backend> {
     lm_head: B::Matrix,
     rope: B::Rope,
     eps: f32,
+    /// Rows from which a step runs in two halves.
+    overlap_rows: Option<NonZeroUsize>,
 }
 
 struct Layer<B: Backend> {
@@ -39,6 +43,26 @@ struct Layer<B: Backend> {
 enum Mlp<B: Backend> {
     Dense { gate_up: B::Matrix, down: Linear<B> },
     Sparse(MoeWeights<B>),
+}
+
+/// Rows that go through the layers together: a step, or one half of it, in which sums over the ranks are `overlapped` with the
+/// other half's work.
+struct Part<B: Backend> {
+    step: B::Step,
+    /// The logit rows alone, where they are fewer, for the last layer.
+    tail: Option<StepInputs>,
+    wants_logits: bool,
+    overlapped: bool,
+    x: Addend<B>,
+    residual: Option<B::Tensor>,
+}
+
+/// What is added to the residual stream next.
+enum Addend<B: Backend> {
+    /// This rank's part of it.
+    Own(B::Tensor),
+    /// The sum over the ranks, under way.
+    Started(Pending<B::Tensor>),
 }
 
 /// Reads a rank's part of tensors by name and hands them to the device.
@@ -207,8 +231,17 @@ impl<B: Backend> Model<B> {
             lm_head: head,
             rope,
             eps: spec.rms_norm_eps as f32,
+            overlap_rows: None,
             backend,
         })
+    }
+
+    /// The same model, whose steps of at least `rows` rows (`None`: no step) run in two halves, layer by layer: while the
+    /// ranks sum one half, they compute the other. The results are the same bits where a row's do not depend on the other
+    /// rows of its step.
+    #[must_use]
+    pub fn overlapping(self, rows: Option<NonZeroUsize>) -> Self {
+        Self { overlap_rows: rows, ..self }
     }
 
     /// The device.
@@ -234,46 +267,114 @@ impl<B: Backend> Model<B> {
     /// An inconsistent step, or the device's.
     pub fn forward(&self, inputs: StepInputs, kv: &mut B::KvCache) -> Result<Option<B::Tensor>> {
         let b = &self.backend;
+        let halves = self.overlap_rows.is_some_and(|least| inputs.rows() >= least.get().max(2));
+        let parts = if halves {
+            let rows = inputs.rows().div_ceil(2);
+            let (first, second) = inputs.split(rows);
+            vec![first, second]
+        } else {
+            vec![inputs]
+        };
+        let mut parts =
+            parts.into_iter().map(|part| self.begin(part, halves, kv)).collect::<Result<Vec<_>>>()?;
+        let last = self.layers.len().saturating_sub(1);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let attended = parts.into_iter().map(|part| self.attend(part, (index, layer), last, kv));
+            parts = attended.filter_map(Result::transpose).collect::<Result<_>>()?;
+            parts = parts.into_iter().map(|part| self.mix(part, layer)).collect::<Result<_>>()?;
+        }
+        let ends = parts.into_iter().map(|part| self.end(part)).collect::<Result<Vec<_>>>()?;
+        let logits = match ends.as_slice() {
+            [] => return Ok(None),
+            [normed] => b.logits(normed, &self.lm_head)?,
+            several => b.logits(&b.stack_rows(several)?, &self.lm_head)?,
+        };
+        Ok(Some(logits))
+    }
+
+    /// A part of a step on its way into the first layer.
+    fn begin(&self, inputs: StepInputs, overlapped: bool, kv: &B::KvCache) -> Result<Part<B>> {
+        let b = &self.backend;
         let wants_logits = !inputs.logit_rows.is_empty();
         let tail = inputs.logit_tail().filter(|tail| tail.rows() < inputs.rows());
         let step = b.begin_step(inputs, kv)?;
-        let last = self.layers.len().saturating_sub(1);
-        // This rank's part of what is added to the residual stream next.
-        let mut x = b.embed(&self.embedding, self.first_id, self.vocab_size, &step)?;
-        let mut residual = None;
-        let mut narrowed = None;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (normed, mut stream) = b.all_reduce_add_rms_norm(x, residual, &layer.input_norm, self.eps)?;
-            let qkv = b.linear(&normed, &layer.qkv)?;
-            let mut q = b.rope_and_cache(qkv, layer.qkv_bias.as_ref(), &self.rope, &step, kv, index)?;
-            if index == last {
-                if !wants_logits {
-                    return Ok(None);
-                }
-                if let Some(tail) = &tail {
-                    q = b.logit_rows(&q, &step)?;
-                    stream = b.logit_rows(&stream, &step)?;
-                    narrowed = Some(b.begin_step(tail.clone(), kv)?);
-                }
+        let embedded = b.embed(&self.embedding, self.first_id, self.vocab_size, &step)?;
+        let x = self.addend(embedded, overlapped)?;
+        Ok(Part { step, tail, wants_logits, overlapped, x, residual: None })
+    }
+
+    /// `x` of this rank, for the sum over the ranks that is added to the residual stream next.
+    fn addend(&self, x: B::Tensor, overlapped: bool) -> Result<Addend<B>> {
+        Ok(if overlapped { Addend::Started(self.backend.start_all_reduce(x)?) } else { Addend::Own(x) })
+    }
+
+    /// Adds the sum over the ranks to the residual stream, and norms that: `(normed, residual)`.
+    fn add_norm(
+        &self,
+        x: Addend<B>,
+        residual: Option<B::Tensor>,
+        weight: &B::Vector,
+    ) -> Result<(B::Tensor, B::Tensor)> {
+        let b = &self.backend;
+        Ok(match x {
+            Addend::Own(x) => b.all_reduce_add_rms_norm(x, residual, weight, self.eps)?,
+            Addend::Started(sum) => b.add_rms_norm(sum.finish()?, residual, weight, self.eps)?,
+        })
+    }
+
+    /// The first half of layer `index`. In the `last` one, `None` of a part that wants no logits.
+    fn attend(
+        &self,
+        part: Part<B>,
+        (index, layer): (usize, &Layer<B>),
+        last: usize,
+        kv: &mut B::KvCache,
+    ) -> Result<Option<Part<B>>> {
+        let b = &self.backend;
+        let Part { mut step, mut tail, wants_logits, overlapped, x, residual } = part;
+        let (normed, mut stream) = self.add_norm(x, residual, &layer.input_norm)?;
+        let qkv = b.linear(&normed, &layer.qkv)?;
+        let mut q = b.rope_and_cache(qkv, layer.qkv_bias.as_ref(), &self.rope, &step, kv, index)?;
+        if index == last {
+            if !wants_logits {
+                return Ok(None);
             }
-            let step = narrowed.as_ref().unwrap_or(&step);
-            let attended = b.attention(&q, &self.rope, step, kv, index)?;
-            let attended = b.linear_to_residual(&attended, &layer.output)?;
-            let (normed, stream) =
-                b.all_reduce_add_rms_norm(attended, Some(stream), &layer.post_attention_norm, self.eps)?;
-            x = match &layer.mlp {
-                Mlp::Dense { gate_up, down } => {
-                    b.linear_to_residual(&b.linear_silu_and_mul(&normed, gate_up)?, down)?
-                }
-                Mlp::Sparse(moe) => b.moe(&normed, moe)?,
-            };
-            residual = Some(stream);
+            if let Some(tail) = tail.take() {
+                q = b.logit_rows(&q, &step)?;
+                stream = b.logit_rows(&stream, &step)?;
+                step = b.begin_step(tail, kv)?;
+            }
         }
-        let step = narrowed.as_ref().unwrap_or(&step);
-        let x = b.logit_rows(&x, step)?;
-        let residual = residual.map(|stream| b.logit_rows(&stream, step)).transpose()?;
-        let (normed, _) = b.all_reduce_add_rms_norm(x, residual, &self.norm, self.eps)?;
-        Ok(Some(b.logits(&normed, &self.lm_head)?))
+        let attended = b.attention(&q, &self.rope, &step, kv, index)?;
+        let x = self.addend(b.linear_to_residual(&attended, &layer.output)?, overlapped)?;
+        Ok(Some(Part { step, tail, wants_logits, overlapped, x, residual: Some(stream) }))
+    }
+
+    /// The second half of a layer.
+    fn mix(&self, part: Part<B>, layer: &Layer<B>) -> Result<Part<B>> {
+        let b = &self.backend;
+        let (normed, stream) = self.add_norm(part.x, part.residual, &layer.post_attention_norm)?;
+        let mixed = match &layer.mlp {
+            Mlp::Dense { gate_up, down } => {
+                b.linear_to_residual(&b.linear_silu_and_mul(&normed, gate_up)?, down)?
+            }
+            Mlp::Sparse(moe) => b.moe(&normed, moe)?,
+        };
+        let x = self.addend(mixed, part.overlapped)?;
+        Ok(Part { x, residual: Some(stream), ..part })
+    }
+
+    /// What the output head reads: the logit rows, normed.
+    fn end(&self, part: Part<B>) -> Result<B::Tensor> {
+        let b = &self.backend;
+        let x = match part.x {
+            Addend::Own(x) => Addend::Own(b.logit_rows(&x, &part.step)?),
+            Addend::Started(sum) => {
+                Addend::Started(Pending::ready(b.logit_rows(&sum.finish()?, &part.step)?))
+            }
+        };
+        let residual = part.residual.map(|stream| b.logit_rows(&stream, &part.step)).transpose()?;
+        Ok(self.add_norm(x, residual, &self.norm)?.0)
     }
 
     /// The whole logits `[logit_rows, vocab]` of what [`Model::forward`] returned, the same on all ranks; all must ask.

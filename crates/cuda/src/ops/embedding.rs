@@ -105,3 +105,24 @@ pub fn gather_logit_rows(ctx: &Context, x: &Tensor, step: &Step) -> Result<Tenso
     ctx.launch(&GATHER, Geometry::linear(step.logit_rows(), THREADS), params)?;
     Ok(out)
 }
+
+/// `parts` one below the other.
+///
+/// # Errors
+/// Parts of different widths or elements, none, or no room in the arena.
+pub fn stack_rows(ctx: &Context, parts: &[Tensor]) -> Result<Tensor> {
+    const OP: &str = "stack_rows";
+    let alike = |first: &Tensor| parts.iter().all(|p| (p.cols, p.element) == (first.cols, first.element));
+    let Some(first) = parts.first().filter(|first| alike(first)) else {
+        let shapes: Vec<_> = parts.iter().map(|p| (p.rows, p.cols, p.element)).collect();
+        return Err(CudaError::shape(OP, format!("parts {shapes:?}")));
+    };
+    let out = ctx.tensor(OP, parts.iter().map(|p| p.rows).sum(), first.cols, first.element)?;
+    let mut row = 0;
+    for part in parts.iter().filter(|part| part.rows > 0) {
+        let bytes = part.rows * part.stride * part.element.size();
+        ctx.driver.copy(out.row_address(row), part.address(), bytes)?;
+        row += part.rows;
+    }
+    Ok(out)
+}
