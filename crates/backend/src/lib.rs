@@ -14,6 +14,7 @@ mod kv;
 mod ops;
 mod rope;
 mod sampling;
+mod slices;
 mod step;
 
 pub use collective::{Collective, CollectiveError, Single, Values, ValuesMut, check_shares};
@@ -22,5 +23,9 @@ pub use host::{DType, HostTensor};
 pub use kv::{HeadGroups, KvLayout};
 pub use ops::{Backend, ExpertWeights, Linear, MoeWeights, SharedExpert};
 pub use rope::{Chunking, KeySegment, RopeTables};
-pub use sampling::{Sampled, SamplingRow, SeenToken, uniform};
+pub use sampling::{OwnedSamplingRow, Sampled, SamplingRow, SeenToken, uniform};
+pub use slices::{
+    Candidate, Largest, MOST_CANDIDATES, MOST_MEMBERS, PARTS, Part, SliceMasses, SliceSummary,
+    VocabularySlice, Window, order_key, order_place, sample_slices, score_of_key,
+};
 pub use step::{SequenceInputs, StepInputs};

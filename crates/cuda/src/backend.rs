@@ -319,7 +319,10 @@ impl Backend for Cuda {
         Ok(self.ctx.tensor_to_f32(x)?)
     }
 
-    fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        if *shares != [logits.cols] {
+            return Err(Error::shape("sample", "this device is a rank of its own"));
+        }
         sampling::sample(&self.ctx, logits, rows)
     }
 }

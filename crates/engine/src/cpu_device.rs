@@ -83,7 +83,7 @@ pub(crate) fn place_on_cpu(
     for (group, runner) in others.into_iter().zip(loaded) {
         let rank = group.rank();
         let mut runner = runner.map_err(of_rank(rank))?;
-        let follower = Follower::spawn(group, move |inputs| runner.follow(inputs));
+        let follower = Follower::spawn(group, move |inputs, goal| runner.follow(inputs, goal));
         followers.push(follower.map_err(|e| EngineError::Device {
             device: "cpu".into(),
             message: format!("the thread of rank {rank} could not be started: {e}"),

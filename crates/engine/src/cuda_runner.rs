@@ -108,10 +108,7 @@ fn pad(mut inputs: StepInputs, rows: usize) -> StepInputs {
 impl Runner for CudaRunner {
     fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
         match self.forward(inputs)? {
-            Some(logits) => {
-                let logits = self.model.gather_logits(logits)?;
-                Ok(self.model.backend().sample(&logits, rows)?)
-            }
+            Some(logits) => Ok(self.model.sample(&logits, rows)?),
             None => Ok(Vec::new()),
         }
     }

@@ -3,7 +3,7 @@
 use longhaul_backend::{
     Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, SharedExpert,
 };
-use longhaul_backend::{KvLayout, StepInputs};
+use longhaul_backend::{KvLayout, Sampled, SamplingRow, StepInputs};
 use longhaul_weights::TensorSource;
 
 use crate::manifest::layer_tensor;
@@ -273,6 +273,14 @@ impl<B: Backend> Model<B> {
         let residual = residual.map(|stream| b.logit_rows(&stream, step)).transpose()?;
         let (normed, _) = b.add_rms_norm(x, residual, &self.norm, self.eps)?;
         Ok(Some(b.logits(&normed, &self.lm_head)?))
+    }
+
+    /// Draws a token for each row of what [`Model::forward`] returned, the same on all ranks; all must ask, with equal rows.
+    ///
+    /// # Errors
+    /// As [`Backend::sample`].
+    pub fn sample(&self, logits: &B::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        Ok(self.backend.sample(logits, &self.vocabulary_shares, rows)?)
     }
 
     /// The whole logits `[logit_rows, vocab]` of what [`Model::forward`] returned, the same on all ranks; all must ask.
