@@ -16,6 +16,7 @@ mod rope;
 mod sampling;
 mod slices;
 mod step;
+mod widths;
 
 pub use collective::{Collective, CollectiveError, Single, Values, ValuesMut, check_shares};
 pub use error::{Error, Result};
@@ -29,3 +30,4 @@ pub use slices::{
     VocabularySlice, Window, order_key, order_place, sample_slices, score_of_key,
 };
 pub use step::{SequenceInputs, StepInputs};
+pub use widths::Widths;

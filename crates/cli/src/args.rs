@@ -1,5 +1,6 @@
 //! Arguments of every command.
 
+mod all_reduce;
 mod plan;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use longhaul_engine::{
     KvCacheDtype, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
 
+pub use all_reduce::AllReduceArg;
 pub use plan::{KvDType, PlanArgs, PlanDType};
 
 /// Serves the Qwen2 family with exact long context.
@@ -44,8 +46,8 @@ pub struct ModelArgs {
     /// dummy: random weights from a seed, no files needed
     #[arg(long, value_enum, default_value_t = LoadFormatArg::Auto)]
     pub load_format: LoadFormatArg,
-    /// Where to run. auto: the first CUDA device if there is one, else the CPU. cuda:N: the device of that number. emulated: the CUDA kernels on the CPU, slow, for
-    /// tests
+    /// Where to run. auto: CUDA devices if there is one for each rank of --tp, else the CPU. cuda:N: devices from that number on.
+    /// emulated: the CUDA kernels on the CPU, slow, for tests
     #[arg(long, value_parser = device, default_value = "auto", value_name = "auto|cpu|cuda[:N]|emulated")]
     pub device: Device,
     /// Which CUDA kernels run: the fastest that take the shape, the plain reference ones, or mma.sync ones
@@ -66,13 +68,17 @@ pub struct ModelArgs {
     /// devices only; its attention runs on the plain kernels, which are slower
     #[arg(long, value_enum, default_value_t = KvCacheDtypeArg::Auto)]
     pub kv_cache_dtype: KvCacheDtypeArg,
-    /// Ranks that the model is dealt over: threads of the CPU, each with its shard of the weights and of the KV cache.
-    /// `longhaul plan` shows the shards
+    /// Ranks that the model is dealt over, each with its shard of the weights and of the KV cache: a CUDA device each, or
+    /// threads of the CPU. `longhaul plan` shows the shards
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     pub tp: u8,
     /// Deal routed experts whole over the ranks instead of cutting each by columns
     #[arg(long)]
     pub expert_parallel: bool,
+    /// How partial sums of ranks on CUDA devices come together. peer: our kernels, where the devices map each other's memory.
+    /// nccl: NVIDIA's library. host: through the host's memory, works everywhere, slow. auto: the first of these that works
+    #[arg(long, value_enum, default_value_t = AllReduceArg::Auto)]
+    pub all_reduce: AllReduceArg,
     /// CPU threads of all ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -124,6 +130,7 @@ impl ModelArgs {
                 threads: self.threads,
                 tensor_parallel: self.tp.into(),
                 expert_parallel: self.expert_parallel,
+                all_reduce: self.all_reduce.into(),
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,

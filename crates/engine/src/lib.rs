@@ -7,6 +7,7 @@
 mod api;
 mod blocks;
 mod cpu_device;
+mod cuda_device;
 mod cuda_runner;
 mod demo;
 mod device;
@@ -26,4 +27,5 @@ pub use engine::Engine;
 pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};
 pub use longhaul_cuda::driver::EmulatedOptions;
+pub use longhaul_cuda::group::AllReduce;
 pub use longhaul_model::LongContext;

@@ -6,8 +6,9 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use longhaul_backend::{Collective, CollectiveError, Error as BackendError};
 use longhaul_backend::{Sampled, SamplingRow, StepInputs};
@@ -16,6 +17,9 @@ use longhaul_model::ModelError;
 use crate::runner::{Goal, RankRunner, Runner};
 use crate::{EngineError, Result};
 
+/// How long a rank may take to notice that the group has ended.
+const GRACE: Duration = Duration::from_millis(1500);
+
 /// A rank that does what the leader does, on a thread of its own.
 pub(crate) struct Follower {
     rank: usize,
@@ -23,6 +27,8 @@ pub(crate) struct Follower {
     steps: Option<Sender<(StepInputs, Goal)>>,
     results: Receiver<Result<()>>,
     thread: Option<JoinHandle<()>>,
+    /// Nobody waits for a thread that did not stop.
+    is_stuck: bool,
 }
 
 impl Follower {
@@ -51,7 +57,7 @@ impl Follower {
             // A panic drops `group` while unwinding, which ends the group.
         };
         let thread = thread::Builder::new().name(format!("longhaul-rank-{rank}")).spawn(follow)?;
-        Ok(Self { rank, steps: Some(steps), results, thread: Some(thread) })
+        Ok(Self { rank, steps: Some(steps), results, thread: Some(thread), is_stuck: false })
     }
 
     fn start(&self, inputs: StepInputs, goal: Goal) {
@@ -61,9 +67,21 @@ impl Follower {
         }
     }
 
-    fn finish(&self) -> Result<()> {
-        self.results.recv().unwrap_or_else(|_| {
-            let message = "its thread ended".into();
+    /// Waits for the result of the step; when the group `has_ended`, no longer than [`GRACE`].
+    fn finish(&mut self, has_ended: bool) -> Result<()> {
+        let received = if has_ended {
+            self.results.recv_timeout(GRACE)
+        } else {
+            self.results.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        };
+        received.unwrap_or_else(|reason| {
+            let message = match reason {
+                RecvTimeoutError::Disconnected => "its thread ended".into(),
+                RecvTimeoutError::Timeout => {
+                    self.is_stuck = true;
+                    format!("it did not stop within {GRACE:?} of the end of the group")
+                }
+            };
             let error = CollectiveError::RankFailed { rank: self.rank, message };
             Err(EngineError::Backend(BackendError::Collective(error)))
         })
@@ -73,7 +91,7 @@ impl Follower {
 impl Drop for Follower {
     fn drop(&mut self) {
         self.steps = None;
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.thread.take().filter(|_| !self.is_stuck) {
             // How it ended has been reported as the result of its last step.
             let _ = thread.join();
         }
@@ -120,14 +138,15 @@ impl RankedRunner {
             follower.start(inputs.clone(), goal.clone());
         }
         let result = lead(self.leader.as_mut(), inputs);
+        let has_ended = result.as_ref().is_err_and(|error| !is_of_the_request(error));
         if let Err(error) = &result
-            && !is_of_the_request(error)
+            && has_ended
         {
             self.group.abort(&error.to_string());
         }
         let mut first = None;
-        for follower in &self.followers {
-            if let Err(source) = follower.finish()
+        for follower in &mut self.followers {
+            if let Err(source) = follower.finish(has_ended)
                 && first.as_ref().is_none_or(|(_, first)| is_consequence(first))
                 && (first.is_none() || !is_consequence(&source))
             {

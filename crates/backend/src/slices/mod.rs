@@ -144,9 +144,9 @@ impl Window {
         (self.first..=self.last).contains(&place)
     }
 
-    /// Part `index` as a window.
+    /// Part `index` as a window; its last place is that of this window where there are fewer parts.
     pub fn part(&self, index: usize) -> Window {
-        let first = self.first + ((index as u64) << self.shift());
+        let first = self.first.saturating_add((index as u64) << self.shift());
         let last = first.saturating_add((1 << self.shift()) - 1).min(self.last);
         Window { row: self.row, first, last }
     }
