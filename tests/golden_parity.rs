@@ -25,6 +25,21 @@ fn cases() -> Vec<PathBuf> {
     cases
 }
 
+/// Ids that `longhaul generate` adds to a golden's prompt, on the CPU.
+fn continuation(golden: &Golden, chunk: Option<usize>, extra: &[&str]) -> Vec<u32> {
+    let ids = common::ids_file(&golden.input_ids);
+    let mut command = longhaul();
+    command.args(["generate", "--ignore-eos", "--json", "--device", "cpu"]).args(extra);
+    command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
+    command.args(["--max-tokens", &golden.greedy.len().to_string()]);
+    if let Some(chunk) = chunk {
+        command.args(["--chunk", &chunk.to_string()]);
+    }
+    let output = json_output(&mut command);
+    assert_eq!(output["finish_reason"], Value::from("length"));
+    serde_json::from_value(output["ids"].clone()).unwrap()
+}
+
 #[test]
 fn logits_match_for_every_chunking() {
     for case in cases() {
@@ -48,18 +63,8 @@ fn greedy_continuations_match_token_for_token() {
     for case in cases() {
         let golden = Golden::load(&case);
         for chunk in CHUNKS {
-            let ids = common::ids_file(&golden.input_ids);
-            let mut command = longhaul();
-            command.args(["generate", "--temperature", "0", "--ignore-eos", "--json", "--device", "cpu"]);
-            command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
-            command.args(["--max-tokens", &golden.greedy.len().to_string()]);
-            if let Some(chunk) = chunk {
-                command.args(["--chunk", &chunk.to_string()]);
-            }
-            let output = json_output(&mut command);
-            let got: Vec<u32> = serde_json::from_value(output["ids"].clone()).unwrap();
+            let got = continuation(&golden, chunk, &["--temperature", "0"]);
             assert_eq!(got, golden.greedy, "{} chunk {chunk:?}", golden.name);
-            assert_eq!(output["finish_reason"], Value::from("length"));
         }
     }
 }
@@ -86,27 +91,51 @@ fn the_long_context_mode_matters() {
     }
 }
 
-/// `--tp`: any number of ranks, more than there are heads included, gives one rank's answer.
+/// `--tp`: any number of ranks, more than there are heads included, gives one rank's answer. Chunkings rotate, so that every
+/// case runs with every number of ranks, and every number of ranks with every chunking.
 #[test]
 fn tensor_parallel_ranks_give_one_answer() {
-    for case in cases() {
+    for (index, case) in cases().into_iter().enumerate() {
         let golden = Golden::load(&case);
-        for tp in ["2", "3", "5", "16"] {
-            let (_, values) = logits(&golden, Some(64), &["--tp", tp]);
-            assert_close(&format!("{} --tp {tp}", golden.name), &values, &golden.logits, TOLERANCE);
-            let ids = common::ids_file(&golden.input_ids);
-            let mut command = longhaul();
-            command.args(["generate", "--temperature", "0", "--ignore-eos", "--json", "--device", "cpu"]);
-            command.args(["--tp", tp]);
+        for (rotation, tp) in ["1", "2", "3", "4", "5", "7", "8", "16"].into_iter().enumerate() {
+            let chunk = |shift: usize| CHUNKS[(index + rotation + shift) % CHUNKS.len()];
+            let (_, values) = logits(&golden, chunk(0), &["--tp", tp]);
+            let name = format!("{} --tp {tp} chunk {:?}", golden.name, chunk(0));
+            assert_close(&name, &values, &golden.logits, TOLERANCE);
+            let mut extra = vec!["--temperature", "0", "--tp", tp];
             if golden.name.starts_with("moe") {
-                command.arg("--expert-parallel");
+                extra.push("--expert-parallel");
             }
-            command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(ids.path());
-            command.args(["--max-tokens", &golden.greedy.len().to_string()]);
-            let got: Vec<u32> = serde_json::from_value(json_output(&mut command)["ids"].clone()).unwrap();
-            assert_eq!(got, golden.greedy, "{} --tp {tp}", golden.name);
+            let got = continuation(&golden, chunk(1), &extra);
+            assert_eq!(got, golden.greedy, "{} {extra:?} chunk {:?}", golden.name, chunk(1));
         }
     }
+}
+
+/// Ranks draw one token from their slices of the vocabulary, whatever the rules: that of a single rank.
+#[test]
+fn seeded_draws_are_the_same_over_any_number_of_ranks() {
+    let golden = Golden::load(&longhaul_testkit::goldens_dir().join("dense-tied"));
+    let rules: [&[&str]; 4] = [
+        &["--temperature", "0.8", "--top-p", "0.9"],
+        &["--temperature", "1.5"],
+        &["--temperature", "1", "--top-k", "40", "--min-p", "0.02"],
+        &["--temperature", "0", "--repetition-penalty", "1.3", "--frequency-penalty", "0.5"],
+    ];
+    let mut all = Vec::new();
+    for rules in rules {
+        let draw = |tp| continuation(&golden, None, &[rules, &["--seed", "7", "--tp", tp]].concat());
+        let one = draw("1");
+        for tp in ["3", "16"] {
+            assert_eq!(draw(tp), one, "{rules:?} --tp {tp}");
+        }
+        all.push(one);
+    }
+    // The rules are not ignored: each gives another text.
+    all.push(golden.greedy.clone());
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 5, "{all:?}");
 }
 
 #[test]

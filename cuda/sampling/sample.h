@@ -4,6 +4,12 @@
 // sample_histogram (chunks, rows)  rows that draw: masses by distance to the largest score, and the likely candidates
 // sample_rows      (rows)          the argmax, or temperature -> top-k -> top-p -> min-p -> draw, exact and without a sort
 //
+// Where the vocabulary is cut in slices, one a rank, the first two see a slice, and the host asks (sample_slices in
+// crates/backend/src/slices) what lies in windows of the order; the masses are the same, and so is the token:
+//
+// sample_parts     (chunks, windows)  counts and masses of the parts of a window
+// sample_members   (chunks, windows)  the candidates in a window
+//
 // Bytes of a row of v logits: greedy reads 4 v. A draw reads 8 v, and its candidates (8 bytes each, at most 256 KiB) once
 // for top-k, once for top-p and once for itself. Rules that change scores write 4 v more, in the chunks that they touch. At
 // v = 152064 a row is 75 blocks, so that one row alone reads with most of the chip. The last kernel has one block a row and
@@ -48,6 +54,7 @@ struct SamplePartial {
     uint32_t best_id;   // the lowest id of that score
     uint32_t finite;
     uint32_t changed;   // the chunk's scores lie in `scores`, not in `logits`
+    float best_logit;   // the raw logit of best_id
 };
 
 inline constexpr uint32_t kChunk = 2048;  // logits
@@ -86,10 +93,11 @@ struct SampleParams {
     SampleHistogram* histograms;   // [rows]: where some row draws, else null
     SampleCandidate* candidates;   // [rows, most_candidates], likewise; most_candidates is even
     SampleResult* results;
-    uint32_t vocab;
+    const float* largest;  // [rows]: the largest scores of all slices; null where this is all of the vocabulary
+    uint32_t vocab;        // ids of the slice
     uint32_t stride;
     uint32_t most_candidates;
-    uint32_t reserved;
+    uint32_t first_id;  // of the slice
 
     __device__ __forceinline__ uint32_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
     __device__ __forceinline__ const uint32_t* words() const { return reinterpret_cast<const uint32_t*>(rows); }
@@ -175,6 +183,11 @@ __device__ __forceinline__ SampleSummary summarise(const SampleParams& p, uint32
     place = warp_min(lane < warps ? best[lane] : ~uint64_t{0});
     __syncthreads();
     return {place != 0, static_cast<uint32_t>(place >> 32), static_cast<uint32_t>(place), largest, sum};
+}
+
+// What the weights of a row are relative to.
+__device__ __forceinline__ float largest_score(const SampleParams& p, uint32_t row, const SampleSummary& summary) {
+    return p.largest != nullptr ? p.largest[row] : score_of_key(summary.best_key);
 }
 
 }  // namespace longhaul

@@ -22,7 +22,7 @@ __device__ __forceinline__ void histogram(const SampleParams& p) {
     }
     if (threadIdx.x == 0) candidates[0] = 0;
     const SampleSummary summary = summarise(p, row, scratch, best);
-    const SampleWeights weights{score_of_key(summary.best_key), parameters.temperature};
+    const SampleWeights weights{largest_score(p, row, summary), parameters.temperature};
     if (!summary.finite || weights.largest == __uint_as_float(0xff800000u)) return;
 
     const float* scores = p.chunk(row, chunk);

@@ -140,7 +140,8 @@ __device__ __forceinline__ void scores(const SampleParams& p) {
                                                                    static_cast<uint32_t>(best >> 32),
                                                                    static_cast<uint32_t>(best),
                                                                    infinite == 0 ? 1u : 0u,
-                                                                   changed ? 1u : 0u};
+                                                                   changed ? 1u : 0u,
+                                                                   p.logits[start - first + static_cast<uint32_t>(best)]};
     }
 }
 

@@ -15,6 +15,7 @@ mod ops;
 mod pending;
 mod rope;
 mod sampling;
+mod slices;
 mod step;
 mod widths;
 
@@ -25,6 +26,10 @@ pub use kv::{HeadGroups, KvLayout};
 pub use ops::{Backend, ExpertWeights, Linear, MoeWeights, SharedExpert};
 pub use pending::Pending;
 pub use rope::{Chunking, KeySegment, RopeTables};
-pub use sampling::{Sampled, SamplingRow, SeenToken, uniform};
+pub use sampling::{OwnedSamplingRow, Sampled, SamplingRow, SeenToken, uniform};
+pub use slices::{
+    Candidate, Largest, MOST_CANDIDATES, MOST_MEMBERS, PARTS, Part, SliceMasses, SliceSummary,
+    VocabularySlice, Window, order_key, order_place, sample_slices, score_of_key,
+};
 pub use step::{SequenceInputs, StepInputs};
 pub use widths::Widths;

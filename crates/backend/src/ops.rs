@@ -276,10 +276,18 @@ pub trait Backend {
     /// The device's.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 
-    /// Draws one token per row of `logits` (`[rows, vocab]`).
+    /// Draws one token per row of logits that lie in slices of the vocabulary: `logits` is this rank's
+    /// (`[rows, shares[rank]]`). The rows are equal on all ranks, and so are the tokens; the logits stay where they are
+    /// ([`crate::sample_slices`]).
     ///
     /// # Errors
-    /// [`crate::Error::NotFinite`] for a row with NaN or infinite logits, [`crate::Error::NothingAllowed`] for one whose
-    /// rules leave no token, and those of [`SamplingRow::check`].
-    fn sample(&self, logits: &Self::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>>;
+    /// On all ranks alike: [`crate::Error::NotFinite`] for a row with NaN or infinite logits,
+    /// [`crate::Error::NothingAllowed`] for one whose rules leave no token, and those of [`SamplingRow::check`]. A rank that
+    /// failed, shapes that do not fit.
+    fn sample(
+        &self,
+        logits: &Self::Tensor,
+        shares: &[usize],
+        rows: &[SamplingRow<'_>],
+    ) -> Result<Vec<Sampled>>;
 }

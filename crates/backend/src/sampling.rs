@@ -107,6 +107,43 @@ impl SamplingRow<'_> {
     }
 }
 
+/// A [`SamplingRow`] with lists of its own: for ranks that draw on other threads or machines.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OwnedSamplingRow {
+    /// Its lists are empty.
+    parameters: SamplingRow<'static>,
+    seen: Vec<SeenToken>,
+    bias: Vec<(u32, f32)>,
+    banned: Vec<u32>,
+    allowed: Option<Vec<u32>>,
+}
+
+impl From<&SamplingRow<'_>> for OwnedSamplingRow {
+    fn from(row: &SamplingRow<'_>) -> Self {
+        let parameters = SamplingRow { seen: &[], bias: &[], banned: &[], allowed: None, ..*row };
+        Self {
+            parameters,
+            seen: row.seen.to_vec(),
+            bias: row.bias.to_vec(),
+            banned: row.banned.to_vec(),
+            allowed: row.allowed.map(<[u32]>::to_vec),
+        }
+    }
+}
+
+impl OwnedSamplingRow {
+    /// The row, borrowed.
+    pub fn as_row(&self) -> SamplingRow<'_> {
+        SamplingRow {
+            seen: &self.seen,
+            bias: &self.bias,
+            banned: &self.banned,
+            allowed: self.allowed.as_deref(),
+            ..self.parameters
+        }
+    }
+}
+
 /// One drawn token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampled {
@@ -168,6 +205,23 @@ mod tests {
         let allowed: Vec<u32> = (0..100).filter(|&id| row.allows(id)).collect();
         assert_eq!(allowed, [5, 63]);
         assert!(SamplingRow::default().allows(u32::MAX));
+    }
+
+    #[test]
+    fn an_owned_row_is_the_row() {
+        let row = SamplingRow {
+            temperature: 0.7,
+            top_k: 5,
+            seed: 3,
+            position: 9,
+            seen: &[SeenToken { id: 4, generated: 2 }],
+            bias: &[(1, 0.5)],
+            banned: &[8],
+            allowed: Some(&[7]),
+            ..SamplingRow::default()
+        };
+        assert_eq!(OwnedSamplingRow::from(&row).as_row(), row);
+        assert_eq!(OwnedSamplingRow::from(&SamplingRow::default()).as_row(), SamplingRow::default());
     }
 
     #[test]

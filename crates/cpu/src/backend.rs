@@ -3,7 +3,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use longhaul_backend::{
     Backend, Collective, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Pending, Result,
-    RopeTables, Sampled, SamplingRow, Single, StepInputs,
+    RopeTables, Sampled, SamplingRow, Single, StepInputs, sample_slices,
 };
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -14,7 +14,7 @@ use crate::kv::KvCache;
 use crate::linear::{Gemm, Precision};
 use crate::matrix::Matrix;
 use crate::moe::{Expert, moe};
-use crate::sampling::sample;
+use crate::sampling::Slice;
 use crate::simd::UnknownIsa;
 use crate::tensor::{dims, from_rows, with_values};
 
@@ -398,16 +398,20 @@ impl Backend for Cpu {
         with_values("to_host", x, |x| Ok(x.to_vec()))
     }
 
-    fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        let (count, cols) = dims("sample", logits)?;
-        if count != rows.len() {
-            return Err(Error::shape(
-                "sample",
-                format!("{count} rows of logits, {} of parameters", rows.len()),
-            ));
+    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        const OP: &str = "sample";
+        let (count, cols) = dims(OP, logits)?;
+        let rank = self.group.rank();
+        if count != rows.len() || shares.len() != self.group.world_size() || shares.get(rank) != Some(&cols) {
+            let detail =
+                format!("logits [{count}, {cols}] of rank {rank}, {} rows, shares {shares:?}", rows.len());
+            return Err(Error::shape(OP, detail));
         }
-        with_values("sample", logits, |values| {
-            values.chunks_exact(cols).zip(rows).enumerate().map(|(i, (l, row))| sample(l, row, i)).collect()
+        let first_id = shares.iter().take(rank).sum();
+        let vocab = shares.iter().sum();
+        with_values(OP, logits, |values| {
+            let mut slice = Slice::new(values, first_id, cols, vocab, rows)?;
+            sample_slices(self.group.as_ref(), &mut slice, vocab, rows)
         })
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use longhaul_backend::{
     Backend, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables, Sampled,
-    SamplingRow, StepInputs, Widths,
+    SamplingRow, StepInputs, Widths, sample_slices,
 };
 
 use crate::arena::Arena;
@@ -12,7 +12,7 @@ use crate::context::{Context, Variant};
 use crate::driver::{Driver, Element, GraphId, Memory};
 use crate::group::Group;
 use crate::kv::KvCache;
-use crate::ops::{self, attention, embedding, gemm, moe, norm, rope, sampling};
+use crate::ops::{self, attention, embedding, gemm, moe, norm, rope, sampling, sampling_slice};
 use crate::padded_cols;
 use crate::rope::Rope;
 use crate::sizes::{Limits, arena_bytes};
@@ -379,8 +379,20 @@ impl Backend for Cuda {
         Ok(values?)
     }
 
-    fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        let sampled = sampling::sample(&self.ctx, logits, rows);
+    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        let rank = self.group.rank();
+        if shares.len() != self.group.world_size() || shares.get(rank) != Some(&logits.cols) {
+            let detail = format!("{} columns on rank {rank} for shares {shares:?}", logits.cols);
+            return Err(Error::shape("sample", detail));
+        }
+        let sampled = if shares.len() == 1 {
+            sampling::sample(&self.ctx, logits, rows)
+        } else {
+            let first_id = shares.iter().take(rank).sum();
+            sampling_slice::Slice::new(&self.ctx, logits, first_id, rows).and_then(|mut slice| {
+                sample_slices(&**self.group.collective(), &mut slice, shares.iter().sum(), rows)
+            })
+        };
         self.group.check(&self.ctx)?;
         sampled
     }

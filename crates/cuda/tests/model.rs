@@ -188,11 +188,11 @@ fn the_sampler_reports_the_row_that_is_not_finite() {
     let backend = device.model.backend();
     let row = SamplingRow::default();
     let rows = [row.clone(), row];
-    let drawn = backend.sample(&logits, &rows).unwrap();
+    let drawn = backend.sample(&logits, &[golden.vocab], &rows).unwrap();
     assert_eq!(drawn[0].id, argmax(golden.logits_after(3)));
     assert_eq!(drawn[1].id, argmax(golden.logits_after(4)));
     let nan = f32::NAN.to_le_bytes();
     backend.context().driver.upload(logits.row_address(1).offset(4 * 7), &nan).unwrap();
-    let error = backend.sample(&logits, &rows).unwrap_err();
+    let error = backend.sample(&logits, &[golden.vocab], &rows).unwrap_err();
     assert!(matches!(error, longhaul_backend::Error::NotFinite { row: 1 }), "{error}");
 }

@@ -2,10 +2,14 @@
 
 mod common;
 
-use common::{Random, context, schedules};
-use longhaul_backend::{Error, SamplingRow, SeenToken, uniform};
+use std::thread;
+
+use common::{Random, context, schedules, skip_on_gpu};
+use longhaul_backend::{Error, Sampled, SamplingRow, SeenToken, sample_slices, uniform};
+use longhaul_collective::{Options, Threads};
 use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::ops::sampling::sample;
+use longhaul_cuda::ops::sampling_slice::Slice;
 use longhaul_cuda::{Context, Variant};
 
 fn row() -> SamplingRow<'static> {
@@ -354,4 +358,99 @@ fn wrong_shapes_are_errors() {
     let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
     let tensor = ctx.tensor_from_f32(&[0.0; 20], 2, 10, Element::F32).unwrap();
     assert!(matches!(sample(&ctx, &tensor, &[row()]), Err(Error::Shape { op: "sample", .. })));
+}
+
+/// The outcome of ranks, one emulated device each, that hold `shares` of the vocabulary.
+fn sliced(logits: &[f32], shares: &[usize], rows: &[SamplingRow<'_>]) -> Vec<Result<Vec<Sampled>, Error>> {
+    let vocab: usize = shares.iter().sum();
+    let groups = Threads::group(shares.len(), Options::default()).unwrap();
+    thread::scope(|scope| {
+        let start = |(rank, group): (usize, Threads)| {
+            scope.spawn(move || {
+                let options = EmulatedOptions { seed: rank as u64, ..EmulatedOptions::default() };
+                let ctx = context(options, Variant::Auto, Element::Bf16);
+                let first_id = shares[..rank].iter().sum();
+                let slice = |row: &[f32]| row[first_id..][..shares[rank]].to_vec();
+                let own: Vec<f32> = logits.chunks_exact(vocab).flat_map(slice).collect();
+                let tensor = ctx.tensor_from_f32(&own, rows.len(), shares[rank], Element::F32)?;
+                let mut slice = Slice::new(&ctx, &tensor, first_id, rows)?;
+                sample_slices(&group, &mut slice, vocab, rows)
+            })
+        };
+        let ranks: Vec<_> = groups.into_iter().enumerate().map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Slices without a width, and cut in the middle of a mask's word.
+const SHARES: [&[usize]; 3] = [&[2500, 2503], &[0, 37, 2500, 0, 2466], &[1000, 1, 2049, 1953]];
+
+/// Ranks that each reduce their slice draw what one device draws from the whole row.
+#[test]
+fn slices_draw_the_token_of_the_whole_row() {
+    if skip_on_gpu("several devices at once") {
+        return;
+    }
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::Bf16);
+    let vocab = 5003usize;
+    let mut random = Random(40);
+    let bias: Vec<(u32, f32)> =
+        (0..vocab as u32 + 9).step_by(117).map(|id| (id, 3.0 * random.value())).collect();
+    let seen: Vec<SeenToken> = (0..2000).map(|i| SeenToken { id: i * 3, generated: i % 3 }).collect();
+    let banned: Vec<u32> = (1..vocab as u32).step_by(7).collect();
+    let mask: Vec<u32> = (0..vocab.div_ceil(32)).map(|_| random.next_u64() as u32 | 1).collect();
+    for shares in SHARES {
+        let mut rows: Vec<SamplingRow<'_>> = (0..6).map(|_| parameters(&mut random)).collect();
+        for _ in 0..4 {
+            let ruled = SamplingRow {
+                bias: &bias,
+                seen: &seen,
+                repetition_penalty: 1.2,
+                presence_penalty: 0.3,
+                ..parameters(&mut random)
+            };
+            rows.push(SamplingRow { banned: &banned, ..ruled.clone() });
+            rows.push(SamplingRow { allowed: Some(&mask), ..ruled });
+        }
+        let mut logits: Vec<f32> =
+            (0..rows.len() * vocab).map(|_| 8.0 * random.value() + 4.0 * random.value()).collect();
+        // Flat rows, whose answers lie beyond the lists that ranks send first: ties, nearly ties, and far below the largest.
+        logits.extend((0..vocab).map(|id| (id % 3) as f32));
+        logits.extend((0..vocab).map(|_| 0.01 * random.value()));
+        logits.extend((0..vocab).map(|id| if id == 9 { 20.0 } else { 0.01 * random.value() }));
+        let far = (0..).find(|&position| uniform(7, position) > 0.999_99).unwrap();
+        rows.push(SamplingRow { top_k: 3000, top_p: 0.95, ..row() });
+        rows.push(SamplingRow { top_p: 0.999, position: 3, ..row() });
+        rows.push(SamplingRow { position: far, ..row() });
+        let whole = ctx.tensor_from_f32(&logits, rows.len(), vocab, Element::F32).unwrap();
+        let expected = sample(&ctx, &whole, &rows).unwrap();
+        let ranks: Vec<_> = sliced(&logits, shares, &rows).into_iter().map(Result::unwrap).collect();
+        for ((drawn, expected), row) in ranks[0].iter().zip(&expected).zip(&rows) {
+            assert_eq!(drawn.id, expected.id, "{shares:?}: {row:?}");
+            assert!((drawn.logprob - expected.logprob).abs() < 1e-4, "{drawn:?}, {expected:?}: {shares:?}");
+        }
+        assert!(ranks.iter().all(|rank| *rank == ranks[0]), "{shares:?}: ranks differ");
+    }
+}
+
+#[test]
+fn slices_name_rows_that_fail() {
+    if skip_on_gpu("several devices at once") {
+        return;
+    }
+    let vocab = 5003;
+    for shares in SHARES {
+        let mut logits = vec![0.5f32; 2 * vocab];
+        let none = vec![0u32; vocab.div_ceil(32)];
+        for temperature in [0.0, 1.0] {
+            let masked = SamplingRow { temperature, allowed: Some(&none), ..row() };
+            for outcome in sliced(&logits, shares, &[row(), masked]) {
+                assert!(matches!(outcome, Err(Error::NothingAllowed { row: 1 })), "{outcome:?}");
+            }
+        }
+        logits[vocab + 36] = f32::NAN;
+        for outcome in sliced(&logits, shares, &[row(), row()]) {
+            assert!(matches!(outcome, Err(Error::NotFinite { row: 1 })), "{outcome:?}");
+        }
+    }
 }

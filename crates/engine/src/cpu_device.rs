@@ -13,7 +13,7 @@ use longhaul_weights::TensorSource;
 use crate::device::{DeviceOptions, Placed};
 use crate::nodes::{RemoteNodes, Worker};
 use crate::ranks::{Follower, RankedRunner, Watch};
-use crate::runner::{CpuRunner, RankRunner};
+use crate::runner::{CpuRunner, Goal, RankRunner};
 use crate::watchdog::Watchdog;
 use crate::{EngineError, Result};
 
@@ -183,10 +183,10 @@ impl CpuRanks<'_> {
 
 fn follower(group: Arc<dyn Collective>, mut runner: CpuRunner) -> Result<Follower> {
     let rank = group.rank();
-    let step = move |inputs| {
+    let step = move |inputs, goal: &Goal| {
         // It may come from another node.
         runner.check(&inputs)?;
-        runner.follow(inputs)
+        runner.follow(inputs, goal)
     };
     Follower::spawn(group, step)
         .map_err(|e| cpu_error(format!("the thread of rank {rank} could not be started: {e}")))

@@ -227,7 +227,7 @@ impl CudaDevices {
         let mut followers = Vec::with_capacity(collectives.len());
         for (group, runner) in collectives.into_iter().zip(loaded) {
             let (rank, mut runner) = (group.rank(), runner?);
-            let follower = Follower::spawn(group, move |inputs| runner.follow(inputs));
+            let follower = Follower::spawn(group, move |inputs, goal| runner.follow(inputs, goal));
             followers.push(follower.map_err(|e| EngineError::Device {
                 device: self.name.clone(),
                 message: format!("the thread of rank {rank} could not be started: {e}"),

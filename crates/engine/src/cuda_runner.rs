@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 
-use longhaul_backend::{Backend, Error, KvLayout, Sampled, SamplingRow, StepInputs};
+use longhaul_backend::{Backend, Error, KvLayout, OwnedSamplingRow, Sampled, SamplingRow, StepInputs};
 use longhaul_cuda::driver::GraphId;
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::{Cuda, Tensor};
 use longhaul_model::Model;
 
 use crate::Result;
-use crate::runner::{RankRunner, Runner};
+use crate::runner::{Goal, RankRunner, Runner};
 
 /// Runs steps eagerly, and pure-decode steps from recorded graphs once a batch size has been seen.
 pub(crate) struct CudaRunner {
@@ -116,10 +116,7 @@ fn pad(mut inputs: StepInputs, rows: usize) -> StepInputs {
 impl Runner for CudaRunner {
     fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
         match self.forward(inputs)? {
-            Some(logits) => {
-                let logits = self.model.gather_logits(logits)?;
-                Ok(self.model.backend().sample(&logits, rows)?)
-            }
+            Some(logits) => Ok(self.model.sample(&logits, rows)?),
             None => Ok(Vec::new()),
         }
     }
@@ -163,13 +160,21 @@ impl RankRunner for CudaRunner {
         Ok(self.model.backend().check(inputs, &self.kv)?)
     }
 
-    fn follow(&mut self, inputs: StepInputs) -> Result<()> {
-        if let Some(logits) = self.forward(inputs)? {
-            self.model.gather_logits(logits)?;
-            let cuda = self.model.backend();
-            cuda.group().check(cuda.context()).map_err(Error::from)?;
+    fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()> {
+        match goal {
+            Goal::Tokens(rows) => {
+                let rows: Vec<SamplingRow<'_>> = rows.iter().map(OwnedSamplingRow::as_row).collect();
+                self.sample(inputs, &rows).map(drop)
+            }
+            Goal::Logits => {
+                if let Some(logits) = self.forward(inputs)? {
+                    self.model.gather_logits(logits)?;
+                    let cuda = self.model.backend();
+                    cuda.group().check(cuda.context()).map_err(Error::from)?;
+                }
+                Ok(())
+            }
         }
-        Ok(())
     }
 }
 

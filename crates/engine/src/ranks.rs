@@ -1,8 +1,8 @@
 //! A tensor-parallel group: a thread a rank, each with its own shard and KV pool, on any device; and ranks on other nodes.
 //!
-//! The leader is rank 0 on the caller's thread: it hands every step to the other members, runs its own part, and has the whole
-//! logits like everybody. The first failure of any rank ends the group, so nobody waits for a rank that is gone, and not for
-//! long for one that hangs.
+//! The leader is rank 0 on the caller's thread: it hands every step to the other members, runs its own part, and draws
+//! tokens together with them: the logits of a rank stay where they are. The first failure of any rank ends the group, so
+//! nobody waits for a rank that is gone, and not for long for one that hangs.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +15,7 @@ use longhaul_backend::{Collective, CollectiveError, Error as BackendError};
 use longhaul_backend::{Sampled, SamplingRow, StepInputs};
 use longhaul_model::ModelError;
 
-use crate::runner::{RankRunner, Runner};
+use crate::runner::{Goal, RankRunner, Runner};
 use crate::watchdog::{Running, Watchdog};
 use crate::{EngineError, Result};
 
@@ -48,7 +48,7 @@ pub(crate) trait Member: Send {
     fn rank(&self) -> usize;
 
     /// Starts its part of a step.
-    fn start(&mut self, inputs: &StepInputs);
+    fn start(&mut self, inputs: &StepInputs, goal: &Goal);
 
     /// Waits for the end of that part; when the group has ended, as long as `grace` lasts.
     fn finish(&mut self, grace: &mut Grace) -> Result<()>;
@@ -91,7 +91,7 @@ impl Drop for PanicEnds {
 pub(crate) struct Follower {
     group: Arc<dyn Collective>,
     /// `None` once the group is being taken down.
-    steps: Option<Sender<StepInputs>>,
+    steps: Option<Sender<(StepInputs, Goal)>>,
     results: Receiver<Result<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -100,15 +100,19 @@ impl Follower {
     /// Starts the thread of `group`'s rank; `step` is its part of a step.
     pub(crate) fn spawn(
         group: Arc<dyn Collective>,
-        mut step: impl FnMut(StepInputs) -> Result<()> + Send + 'static,
+        mut step: impl FnMut(StepInputs, &Goal) -> Result<()> + Send + 'static,
     ) -> io::Result<Self> {
-        let (steps, inputs) = channel();
+        let (steps, orders) = channel::<(StepInputs, Goal)>();
         let (outcomes, results) = channel();
         let ends = PanicEnds(group.clone());
         let follow = move || {
             let group = &ends.0;
-            for inputs in inputs {
-                let result = step(inputs);
+            for (inputs, goal) in orders {
+                // What failed for the request alone failed on the leader, too, which reports it.
+                let result = match step(inputs, &goal) {
+                    Err(error) if is_of_the_request(&error) => Ok(()),
+                    result => result,
+                };
                 if let Err(error) = &result {
                     group.abort(&error.to_string());
                 }
@@ -128,10 +132,10 @@ impl Member for Follower {
         self.group.rank()
     }
 
-    fn start(&mut self, inputs: &StepInputs) {
+    fn start(&mut self, inputs: &StepInputs, goal: &Goal) {
         if let Some(steps) = &self.steps {
             // A thread that is gone shows when its result is missing.
-            let _ = steps.send(inputs.clone());
+            let _ = steps.send((inputs.clone(), goal.clone()));
         }
     }
 
@@ -202,10 +206,11 @@ impl RankedRunner {
         self
     }
 
-    /// Runs a step on all ranks; `lead` is the leader's part.
+    /// Runs a step on all ranks; `lead` is the leader's part, which has the same goal.
     fn together<R>(
         &mut self,
         inputs: StepInputs,
+        goal: Goal,
         lead: impl FnOnce(&mut dyn RankRunner, StepInputs) -> Result<R>,
     ) -> Result<R> {
         // What contradicts itself is refused before anybody starts: the group outlives it.
@@ -213,7 +218,7 @@ impl RankedRunner {
         self.group.check().map_err(BackendError::from)?;
         let _running = self.watch.as_ref().map(|watch| watch.step(&inputs));
         for member in &mut self.members {
-            member.start(&inputs);
+            member.start(&inputs, &goal);
         }
         // A rank that panics ends the group, also when it is the caller's.
         let led = catch_unwind(AssertUnwindSafe(|| lead(self.leader.as_mut(), inputs)));
@@ -249,7 +254,10 @@ impl RankedRunner {
 /// Whether only the request failed, after all ranks had done their part.
 fn is_of_the_request(error: &EngineError) -> bool {
     use BackendError::{NotFinite, NothingAllowed, Sampling};
-    matches!(error, EngineError::Backend(NotFinite { .. } | NothingAllowed { .. } | Sampling { .. }))
+    let (EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error))) = error else {
+        return false;
+    };
+    matches!(error, NotFinite { .. } | NothingAllowed { .. } | Sampling { .. })
 }
 
 /// Whether this says no more than that the group has ended.
@@ -268,11 +276,11 @@ pub(crate) fn is_consequence(error: &EngineError) -> bool {
 
 impl Runner for RankedRunner {
     fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        self.together(inputs, |leader, inputs| leader.sample(inputs, rows))
+        self.together(inputs, Goal::tokens(rows), |leader, inputs| leader.sample(inputs, rows))
     }
 
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        self.together(inputs, |leader, inputs| leader.logits(inputs))
+        self.together(inputs, Goal::Logits, |leader, inputs| leader.logits(inputs))
     }
 
     fn max_rows(&self) -> usize {
@@ -328,11 +336,11 @@ mod tests {
             let mut runner = load(&group);
             let faulty = fault.filter(|_| group.rank() == 1);
             let mut steps = 0;
-            Follower::spawn(group, move |inputs| {
+            Follower::spawn(group, move |inputs, goal| {
                 steps += 1;
                 match faulty {
                     Some(fault) if steps > 1 => fault(),
-                    _ => runner.follow(inputs),
+                    _ => runner.follow(inputs, goal),
                 }
             })
             .unwrap()
@@ -383,5 +391,24 @@ mod tests {
         let broken = StepInputs { logit_scales: Vec::new(), ..token(1) };
         assert!(matches!(group.logits(broken), Err(EngineError::Backend(BackendError::Step(_)))));
         assert_eq!(group.logits(token(0)).unwrap(), before);
+    }
+
+    #[test]
+    fn ranks_draw_from_their_slices_and_outlive_a_row_that_fails() {
+        let mut group = demo_with(None);
+        let logits = group.logits(token(0)).unwrap();
+        let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+        let best = logits.iter().position(|logit| *logit == largest).unwrap() as u32;
+        let greedy = SamplingRow::default();
+        let nothing = vec![0; logits.len().div_ceil(32)];
+        let masked = SamplingRow { allowed: Some(&nothing), ..SamplingRow::default() };
+        for _ in 0..2 {
+            let error = group.sample(token(0), std::slice::from_ref(&masked)).unwrap_err();
+            assert!(is_of_the_request(&error), "{error}");
+            assert_eq!(group.sample(token(0), std::slice::from_ref(&greedy)).unwrap()[0].id, best);
+        }
+        let banned = [best];
+        let row = SamplingRow { banned: &banned, temperature: 1.0, seed: 3, ..SamplingRow::default() };
+        assert_ne!(group.sample(token(0), &[row]).unwrap()[0].id, best);
     }
 }

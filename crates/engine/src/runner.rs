@@ -1,6 +1,8 @@
 //! A model on a device behind one object-safe seam, so that the engine is not generic over devices.
 
-use longhaul_backend::{Backend, KvLayout, Sampled, SamplingRow, StepInputs};
+use std::sync::Arc;
+
+use longhaul_backend::{Backend, KvLayout, OwnedSamplingRow, Sampled, SamplingRow, StepInputs};
 use longhaul_cpu::{Cpu, KvCache};
 use longhaul_model::Model;
 
@@ -44,8 +46,24 @@ pub(crate) trait RankRunner: Runner {
     /// Refuses a plan that contradicts itself, the pool, or what a step may hold. Nothing has been done then.
     fn check(&self, inputs: &StepInputs) -> Result<()>;
 
-    /// This rank's part of a step whose logits other ranks read.
-    fn follow(&mut self, inputs: StepInputs) -> Result<()>;
+    /// This rank's part of a step whose outcome the leader reads.
+    fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()>;
+}
+
+/// What a step is run for, as followers hear it. What comes after the forward pass needs all ranks, too.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Goal {
+    /// A token for each logit row.
+    Tokens(Arc<[OwnedSamplingRow]>),
+    /// The whole logits.
+    Logits,
+}
+
+impl Goal {
+    /// A token for each of `rows`.
+    pub(crate) fn tokens(rows: &[SamplingRow<'_>]) -> Self {
+        Goal::Tokens(rows.iter().map(OwnedSamplingRow::from).collect())
+    }
 }
 
 /// The [`Runner`] on the CPU. A step runs inside the thread pool as a whole: entering it once instead of for every op
@@ -65,9 +83,8 @@ impl CpuRunner {
 impl Runner for CpuRunner {
     fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
         let (model, kv) = (&self.model, &mut self.kv);
-        let cpu = model.backend();
-        cpu.install(|| match model.forward(inputs, kv)? {
-            Some(logits) => Ok(cpu.sample(&model.gather_logits(logits)?, rows)?),
+        model.backend().install(|| match model.forward(inputs, kv)? {
+            Some(logits) => Ok(model.sample(&logits, rows)?),
             None => Ok(Vec::new()),
         })
     }
@@ -91,11 +108,19 @@ impl RankRunner for CpuRunner {
         Ok(inputs.check(self.kv.layout())?)
     }
 
-    fn follow(&mut self, inputs: StepInputs) -> Result<()> {
-        let (model, kv) = (&self.model, &mut self.kv);
-        Ok(model.backend().install(|| {
-            let logits = model.forward(inputs, kv)?;
-            logits.map_or(Ok(()), |logits| model.gather_logits(logits).map(drop))
-        })?)
+    fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()> {
+        match goal {
+            Goal::Tokens(rows) => {
+                let rows: Vec<SamplingRow<'_>> = rows.iter().map(OwnedSamplingRow::as_row).collect();
+                self.sample(inputs, &rows).map(drop)
+            }
+            Goal::Logits => {
+                let (model, kv) = (&self.model, &mut self.kv);
+                model.backend().install(|| match model.forward(inputs, kv)? {
+                    Some(logits) => Ok(model.gather_logits(logits).map(drop)?),
+                    None => Ok(()),
+                })
+            }
+        }
     }
 }

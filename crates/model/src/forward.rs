@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use longhaul_backend::{
     Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, Pending, SharedExpert,
 };
-use longhaul_backend::{KvLayout, StepInputs};
+use longhaul_backend::{KvLayout, Sampled, SamplingRow, StepInputs};
 use longhaul_weights::TensorSource;
 
 use crate::manifest::layer_tensor;
@@ -375,6 +375,14 @@ impl<B: Backend> Model<B> {
         };
         let residual = part.residual.map(|stream| b.logit_rows(&stream, &part.step)).transpose()?;
         Ok(self.add_norm(x, residual, &self.norm)?.0)
+    }
+
+    /// Draws a token for each row of what [`Model::forward`] returned, the same on all ranks; all must ask, with equal rows.
+    ///
+    /// # Errors
+    /// As [`Backend::sample`].
+    pub fn sample(&self, logits: &B::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        Ok(self.backend.sample(logits, &self.vocabulary_shares, rows)?)
     }
 
     /// The whole logits `[logit_rows, vocab]` of what [`Model::forward`] returned, the same on all ranks; all must ask.

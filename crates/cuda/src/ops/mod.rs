@@ -11,6 +11,7 @@ pub mod moe;
 pub mod norm;
 pub mod rope;
 pub mod sampling;
+pub mod sampling_slice;
 mod skinny;
 
 use crate::context::KernelInfo;
@@ -29,6 +30,7 @@ pub(crate) fn kernels() -> impl Iterator<Item = &'static KernelInfo> {
         norm::KERNELS,
         rope::KERNELS,
         sampling::KERNELS,
+        sampling_slice::KERNELS,
         skinny::KERNELS,
     ]
     .into_iter()

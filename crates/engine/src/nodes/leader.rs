@@ -12,6 +12,7 @@ use super::message::{self, FIRST_KIND, Message};
 use super::{FAREWELL, LAST_WORDS, Star, ended, lose};
 use crate::Result;
 use crate::ranks::{Grace, Member};
+use crate::runner::Goal;
 
 /// How often a wait looks whether the group still stands.
 const LOOK: Duration = Duration::from_millis(20);
@@ -87,9 +88,9 @@ impl Member for RemoteNodes {
         self.nodes.first().map_or(0, |node| node.ranks.start)
     }
 
-    fn start(&mut self, inputs: &StepInputs) {
+    fn start(&mut self, inputs: &StepInputs, goal: &Goal) {
         self.step += 1;
-        self.star.send_to_all(message::step(self.step, inputs));
+        self.star.send_to_all(message::step(self.step, inputs, goal));
     }
 
     fn finish(&mut self, _: &mut Grace) -> Result<()> {

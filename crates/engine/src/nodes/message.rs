@@ -1,14 +1,21 @@
 //! What the engine's nodes tell each other beside the collective's messages, whose kinds are below 16.
 //!
 //! ```text
-//! step     16 | number u64 | ids | logit scales (bits) | sequences u32, each: rows u32 | kv_len u32 | blocks | logit rows
+//! step     16 | number u64 | ids | logit scales (bits) | sequences u32, each: rows u32 | kv_len u32 | blocks | logit rows | goal
 //! done     17 | number u64            all ranks of the node have done their part
 //! ready    18                         all ranks of the node are loaded
 //! end      19                         no more steps: the node ends well
+//!
+//! goal     0 u32                      the whole logits
+//!          1 u32 | rows u32, each: temperature, top-p, min-p, repetition, presence and frequency penalty (bits u32) | top-k u32 |
+//!                  seed u64 | position u64 | seen ids | times generated | biased ids | biases (bits) | banned ids |
+//!                  0 u32, or 1 u32 | mask
 //! ```
 //! Integers are little-endian; lists are a count u32 and words u32.
 
-use longhaul_backend::{SequenceInputs, StepInputs};
+use longhaul_backend::{OwnedSamplingRow, SamplingRow, SeenToken, SequenceInputs, StepInputs};
+
+use crate::runner::Goal;
 
 /// Kinds below are the collective's.
 pub(crate) const FIRST_KIND: u8 = 16;
@@ -19,14 +26,14 @@ const END: u8 = 19;
 
 #[derive(Debug, PartialEq)]
 pub(crate) enum Message {
-    Step { number: u64, inputs: StepInputs },
+    Step { number: u64, inputs: StepInputs, goal: Goal },
     Done { number: u64 },
     Ready,
     End,
 }
 
 /// A step as a message.
-pub(crate) fn step(number: u64, inputs: &StepInputs) -> Vec<u8> {
+pub(crate) fn step(number: u64, inputs: &StepInputs, goal: &Goal) -> Vec<u8> {
     let blocks: usize = inputs.sequences.iter().map(|s| s.block_table.len() + 3).sum();
     let mut bytes = Vec::with_capacity(32 + 4 * (2 * inputs.ids.len() + blocks + inputs.logit_rows.len()));
     bytes.push(STEP);
@@ -40,7 +47,39 @@ pub(crate) fn step(number: u64, inputs: &StepInputs) -> Vec<u8> {
         list(&mut bytes, sequence.block_table.iter().copied());
     }
     list(&mut bytes, inputs.logit_rows.iter().map(|&row| row as u32));
+    match goal {
+        Goal::Logits => word(&mut bytes, 0),
+        Goal::Tokens(rows) => {
+            word(&mut bytes, 1);
+            word(&mut bytes, rows.len());
+            rows.iter().for_each(|row| sampling_row(&mut bytes, &row.as_row()));
+        }
+    }
     bytes
+}
+
+fn sampling_row(bytes: &mut Vec<u8>, row: &SamplingRow<'_>) {
+    let numbers = [
+        row.temperature,
+        row.top_p,
+        row.min_p,
+        row.repetition_penalty,
+        row.presence_penalty,
+        row.frequency_penalty,
+    ];
+    bytes.extend(numbers.into_iter().flat_map(|number| number.to_bits().to_le_bytes()));
+    bytes.extend(row.top_k.to_le_bytes());
+    bytes.extend(row.seed.to_le_bytes());
+    bytes.extend(row.position.to_le_bytes());
+    list(bytes, row.seen.iter().map(|seen| seen.id));
+    list(bytes, row.seen.iter().map(|seen| seen.generated));
+    list(bytes, row.bias.iter().map(|(id, _)| *id));
+    list(bytes, row.bias.iter().map(|(_, bias)| bias.to_bits()));
+    list(bytes, row.banned.iter().copied());
+    word(bytes, usize::from(row.allowed.is_some()));
+    if let Some(mask) = row.allowed {
+        list(bytes, mask.iter().copied());
+    }
 }
 
 pub(crate) fn done(number: u64) -> Vec<u8> {
@@ -76,7 +115,10 @@ impl Message {
         let mut reader = Reader(bytes);
         let [kind] = reader.take()?;
         let message = match kind {
-            STEP => Message::Step { number: reader.number()?, inputs: reader.inputs()? },
+            STEP => {
+                let (number, inputs) = (reader.number()?, reader.inputs()?);
+                Message::Step { number, inputs, goal: reader.goal()? }
+            }
             DONE => Message::Done { number: reader.number()? },
             READY => Message::Ready,
             END => Message::End,
@@ -88,6 +130,9 @@ impl Message {
         }
     }
 }
+
+/// Bytes of a sampling row whose lists are empty.
+const LEAST_ROW_BYTES: usize = 7 * 4 + 2 * 8 + 6 * 4;
 
 struct Reader<'a>(&'a [u8]);
 
@@ -135,6 +180,53 @@ impl Reader<'_> {
         let logit_rows = self.list(|row| row as usize)?;
         Ok(StepInputs { ids, logit_scales, sequences, logit_rows })
     }
+
+    fn goal(&mut self) -> Result<Goal, String> {
+        match self.word()? {
+            0 => Ok(Goal::Logits),
+            1 => {
+                let rows = (0..self.count(LEAST_ROW_BYTES)?).map(|_| self.sampling_row());
+                rows.collect::<Result<_, String>>().map(Goal::Tokens)
+            }
+            other => Err(format!("a goal of kind {other}")),
+        }
+    }
+
+    fn sampling_row(&mut self) -> Result<OwnedSamplingRow, String> {
+        let mut number = || self.word().map(f32::from_bits);
+        let [temperature, top_p, min_p] = [number()?, number()?, number()?];
+        let [repetition_penalty, presence_penalty, frequency_penalty] = [number()?, number()?, number()?];
+        let (top_k, seed, position) = (self.word()?, self.number()?, self.number()?);
+        let (ids, generated) = (self.list(|id| id)?, self.list(|times| times)?);
+        let (biased, biases) = (self.list(|id| id)?, self.list(f32::from_bits)?);
+        if ids.len() != generated.len() || biased.len() != biases.len() {
+            return Err("lists of different lengths that belong together".into());
+        }
+        let seen: Vec<SeenToken> =
+            ids.into_iter().zip(generated).map(|(id, generated)| SeenToken { id, generated }).collect();
+        let bias: Vec<(u32, f32)> = biased.into_iter().zip(biases).collect();
+        let banned = self.list(|id| id)?;
+        let allowed = match self.word()? {
+            0 => None,
+            1 => Some(self.list(|word| word)?),
+            other => return Err(format!("a mask of kind {other}")),
+        };
+        Ok(OwnedSamplingRow::from(&SamplingRow {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            seed,
+            position,
+            seen: &seen,
+            bias: &bias,
+            banned: &banned,
+            allowed: allowed.as_deref(),
+        }))
+    }
 }
 
 #[cfg(test)]
@@ -153,10 +245,33 @@ mod tests {
         }
     }
 
+    fn goal() -> Goal {
+        let plain = SamplingRow::default();
+        let full = SamplingRow {
+            temperature: 0.7,
+            top_k: 40,
+            top_p: 0.9,
+            min_p: 0.05,
+            repetition_penalty: 1.1,
+            presence_penalty: -0.5,
+            frequency_penalty: 0.25,
+            seed: u64::MAX - 3,
+            position: 1 << 40,
+            seen: &[SeenToken { id: 5, generated: 0 }, SeenToken { id: 9, generated: 3 }],
+            bias: &[(4, -100.0)],
+            banned: &[1, 2, 3],
+            allowed: Some(&[u32::MAX, 0, 7]),
+        };
+        Goal::tokens(&[plain, full])
+    }
+
     #[test]
     fn what_is_said_is_heard() {
-        let step = step(u64::MAX - 1, &inputs());
-        assert_eq!(Message::decode(&step), Ok(Message::Step { number: u64::MAX - 1, inputs: inputs() }));
+        for goal in [goal(), Goal::Logits, Goal::tokens(&[])] {
+            let step = step(u64::MAX - 1, &inputs(), &goal);
+            let heard = Message::decode(&step);
+            assert_eq!(heard, Ok(Message::Step { number: u64::MAX - 1, inputs: inputs(), goal }));
+        }
         assert_eq!(Message::decode(&done(3)), Ok(Message::Done { number: 3 }));
         assert_eq!(Message::decode(&ready()), Ok(Message::Ready));
         assert_eq!(Message::decode(&end()), Ok(Message::End));
@@ -164,7 +279,7 @@ mod tests {
 
     #[test]
     fn what_is_cut_or_changed_is_refused_or_another_step() {
-        let whole = step(1, &inputs());
+        let whole = step(1, &inputs(), &goal());
         for length in 0..whole.len() {
             assert!(Message::decode(&whole[..length]).is_err(), "{length} bytes");
         }

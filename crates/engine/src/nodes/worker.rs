@@ -10,6 +10,7 @@ use longhaul_nodes::{Channel, Connection, Liveness, MOST_BYTES, NodesError};
 use super::message::{self, FIRST_KIND, Message};
 use super::{LAST_WORDS, Star, ended, lose};
 use crate::ranks::{Follower, Grace, Member, Watch, is_consequence};
+use crate::runner::Goal;
 use crate::{EngineError, Result};
 
 /// How often a worker without work looks whether the group still stands.
@@ -76,9 +77,9 @@ impl Worker {
         self.star.send_to_all(message::ready());
         loop {
             match self.heard.recv_timeout(LOOK) {
-                Ok(Message::Step { number, inputs }) => {
+                Ok(Message::Step { number, inputs, goal }) => {
                     let _running = watch.step(&inputs);
-                    step(&mut followers, &inputs)?;
+                    step(&mut followers, &inputs, &goal)?;
                     self.star.send_to_all(message::done(number));
                 }
                 Ok(Message::End) => return Ok(()),
@@ -101,8 +102,8 @@ impl Drop for Worker {
 }
 
 /// Runs a step on all ranks of this node; the first failure that is a cause.
-fn step(followers: &mut [Follower], inputs: &StepInputs) -> Result<()> {
-    followers.iter_mut().for_each(|follower| follower.start(inputs));
+fn step(followers: &mut [Follower], inputs: &StepInputs, goal: &Goal) -> Result<()> {
+    followers.iter_mut().for_each(|follower| follower.start(inputs, goal));
     let mut grace = Grace::default();
     let mut first: Option<EngineError> = None;
     for follower in followers {
