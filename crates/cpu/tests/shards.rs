@@ -50,13 +50,16 @@ impl Rank<'_> {
 }
 
 /// What a rank ends with: logits of the prompt and the greedy continuation.
+type Outcome = (Vec<f32>, Vec<u32>);
+
+/// Runs a rank to its end.
 fn run_rank(
     golden: &Golden,
     spec: &ModelSpec,
     plan: &ShardPlan,
     (chunk, overlap_rows): (usize, Option<NonZeroUsize>),
     group: Counted,
-) -> (Vec<f32>, Vec<u32>) {
+) -> Outcome {
     let rank = group.rank();
     let tokens = golden.input_ids.len() + golden.greedy.len();
     let positions = PositionProfile::new(spec, None, Some(tokens.max(spec.trained_window()))).unwrap();
@@ -97,7 +100,7 @@ fn run(
     world_size: usize,
     steps: (usize, Option<NonZeroUsize>),
     expert_parallel: bool,
-) -> (Vec<(Vec<f32>, Vec<u32>)>, usize) {
+) -> (Vec<Outcome>, usize) {
     let config = std::fs::read(golden.dir.join("config.json")).unwrap();
     let spec = ModelSpec::from_config(&config, "config.json").unwrap();
     let options = ShardOptions { expert_parallel, ..ShardOptions::default() };
@@ -211,7 +214,7 @@ impl Collective for Counted {
 fn overlapped_halves_change_no_bit() {
     for dir in golden_cases() {
         let golden = Golden::load(&dir);
-        let bits = |results: &[(Vec<f32>, Vec<u32>)]| -> Vec<(Vec<u32>, Vec<u32>)> {
+        let bits = |results: &[Outcome]| -> Vec<(Vec<u32>, Vec<u32>)> {
             results.iter().map(|(l, ids)| (l.iter().map(|l| l.to_bits()).collect(), ids.clone())).collect()
         };
         for ranks in [2, 3] {
