@@ -1,6 +1,7 @@
 //! Arguments of every command.
 
 mod plan;
+mod serve;
 
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use longhaul_engine::{
 };
 
 pub use plan::{KvDType, PlanArgs, PlanDType};
+pub use serve::{GenerationConfigArg, ServeArgs};
 
 /// Serves the Qwen2 family with exact long context.
 #[derive(Debug, Parser)]
@@ -31,6 +33,7 @@ pub enum Command {
     Models(ModelsArgs),
     Needle(NeedleArgs),
     Plan(PlanArgs),
+    Serve(Box<ServeArgs>),
     Tokenize(TokenizeArgs),
 }
 
@@ -58,7 +61,7 @@ pub struct ModelArgs {
     #[arg(long, env = "LONGHAUL_EMULATOR", value_parser = emulator_options, value_name = "KEY=VALUE,…", default_value = "")]
     pub emulator: EmulatedOptions,
     /// Precision of products and, unless --kv-cache-dtype says otherwise, of the KV cache. auto: bfloat16 on a CUDA device,
-    /// and for ask, chat and needle where the checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact,
+    /// and for ask, chat, needle and serve where the checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact,
     /// everywhere else
     #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
     pub dtype: DTypeArg,

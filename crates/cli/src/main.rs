@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Command::Models(args) => commands::models::run(&args),
         Command::Needle(args) => commands::needle::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
         Command::Tokenize(args) => commands::tokenize::tokenize(&args),
     };
     match result {

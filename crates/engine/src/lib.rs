@@ -17,6 +17,7 @@ mod loader;
 mod memory_budget;
 mod ranks;
 mod runner;
+mod tokens;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
 pub use device::{
@@ -27,3 +28,4 @@ pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};
 pub use longhaul_cuda::driver::EmulatedOptions;
 pub use longhaul_model::LongContext;
+pub use tokens::{TokenEnd, TokenObserver, TokenRequest, TokenScore};

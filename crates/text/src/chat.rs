@@ -121,7 +121,8 @@ impl ChatTemplate {
     ) -> Result<Vec<u32>, TextError> {
         let specials: Vec<&str> = tokenizer.special_contents().collect();
         let marker = self.unused_character(conversation, &specials)?;
-        let rendered = self.render_conversation(&conversation.map(&|text| defuse(text, &specials, marker)))?;
+        let rendered =
+            self.render_conversation(&conversation.map(&|text| defuse(text, &specials, marker)))?;
         let mut ids = Vec::with_capacity(rendered.len() / 3);
         for segment in tokenizer.split_special(&rendered)? {
             match segment {

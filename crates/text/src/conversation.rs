@@ -103,10 +103,13 @@ impl Conversation {
         if trimmed.is_empty() {
             return Err(error("the last message has no text to continue"));
         }
-        let start = rendered.rfind(trimmed).ok_or_else(|| error("the template changed the last message's text"))?;
+        let start =
+            rendered.rfind(trimmed).ok_or_else(|| error("the template changed the last message's text"))?;
         // Whitespace at the end of the text belongs to it where the template kept it.
         let kept = content.trim_start();
-        let length = if rendered.get(start..).is_some_and(|rest| rest.starts_with(kept)) { kept } else { trimmed }.len();
+        let length =
+            if rendered.get(start..).is_some_and(|rest| rest.starts_with(kept)) { kept } else { trimmed }
+                .len();
         rendered.truncate(start + length);
         Ok(rendered)
     }
@@ -148,7 +151,9 @@ fn map_all(value: &Value, replace: &impl Fn(&str) -> String) -> Value {
     match value {
         Value::String(text) => Value::String(replace(text)),
         Value::Array(items) => Value::Array(items.iter().map(|item| map_all(item, replace)).collect()),
-        Value::Object(map) => Value::Object(map.iter().map(|(k, v)| (replace(k), map_all(v, replace))).collect()),
+        Value::Object(map) => {
+            Value::Object(map.iter().map(|(k, v)| (replace(k), map_all(v, replace))).collect())
+        }
         other => other.clone(),
     }
 }
