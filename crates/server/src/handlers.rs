@@ -8,7 +8,8 @@ pub(crate) mod tokenize;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
@@ -16,12 +17,13 @@ use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{timeout, timeout_at};
 
 use crate::choice::TextOptions;
 use crate::error::{ApiError, ApiResult, quote};
 use crate::ledger::Ticket;
+use crate::metrics::Metrics;
 use crate::pipeline::{Generation, Update};
 use crate::request::{Common, check_content_type};
 use crate::response::{Head, Writer};
@@ -37,7 +39,7 @@ struct Call {
     caller: Caller,
     body: Bytes,
     /// The body's share of the bytes that may be held at once.
-    held: OwnedSemaphorePermit,
+    held: HeldBody,
     arrived: Instant,
 }
 
@@ -63,7 +65,7 @@ async fn receive(app: Arc<App>, request: Request) -> ApiResult<Call> {
 }
 
 /// When to ask again while the model loads.
-const LOADING_RETRY: std::time::Duration = std::time::Duration::from_secs(5);
+const LOADING_RETRY: Duration = Duration::from_secs(5);
 
 /// Reads a JSON body within its bounds of size and time, and within what all bodies together may hold.
 async fn read_body(
@@ -71,7 +73,7 @@ async fn read_body(
     headers: &HeaderMap,
     mut body: Body,
     limit: usize,
-) -> ApiResult<(Bytes, OwnedSemaphorePermit)> {
+) -> ApiResult<(Bytes, HeldBody)> {
     let text = |name| headers.get(name).and_then(|value: &axum::http::HeaderValue| value.to_str().ok());
     if headers.contains_key(CONTENT_ENCODING) && text(CONTENT_ENCODING) != Some("identity") {
         return Err(ApiError::unsupported_encoding());
@@ -82,10 +84,7 @@ async fn read_body(
         return Err(ApiError::too_large(limit));
     }
     let limits = &app.config.limits;
-    let full =
-        || ApiError::unavailable("too many request bodies at once", Some(std::time::Duration::from_secs(1)));
-    let permit = |kib: usize| Arc::clone(&app.bodies).try_acquire_many_owned(kib as u32).map_err(|_| full());
-    let mut held = permit(0)?;
+    let mut held = HeldBody::new(app);
     let mut bytes: Vec<u8> = Vec::with_capacity(declared.unwrap_or(0).min(64 << 10));
     let deadline = tokio::time::Instant::now() + limits.body_time;
     loop {
@@ -102,12 +101,49 @@ async fn read_body(
             return Err(ApiError::too_large(limit));
         }
         bytes.extend_from_slice(&data);
-        let kib = bytes.len().div_ceil(1 << 10);
-        if kib > held.num_permits() {
-            held.merge(permit(kib - held.num_permits())?);
-        }
+        held.grow(&app.bodies, bytes.len())?;
     }
     Ok((bytes.into(), held))
+}
+
+/// A body's share of the bytes that all bodies together may hold.
+struct HeldBody {
+    permit: Option<OwnedSemaphorePermit>,
+    metrics: Arc<Metrics>,
+}
+
+impl HeldBody {
+    fn new(app: &App) -> Self {
+        Self { permit: None, metrics: Arc::clone(&app.metrics) }
+    }
+
+    fn kib(&self) -> usize {
+        self.permit.as_ref().map_or(0, OwnedSemaphorePermit::num_permits)
+    }
+
+    /// Holds `bytes` bytes from now on.
+    ///
+    /// # Errors
+    /// No room.
+    fn grow(&mut self, bodies: &Arc<Semaphore>, bytes: usize) -> ApiResult<()> {
+        let more = bytes.div_ceil(1 << 10).saturating_sub(self.kib());
+        let count = u32::try_from(more).unwrap_or(u32::MAX);
+        let permit = Arc::clone(bodies).try_acquire_many_owned(count).map_err(|_| {
+            ApiError::unavailable("too many request bodies at once", Some(Duration::from_secs(1)))
+        })?;
+        self.metrics.body_bytes.fetch_add((more as u64) << 10, Ordering::AcqRel);
+        match &mut self.permit {
+            Some(held) => held.merge(permit),
+            None => self.permit = Some(permit),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for HeldBody {
+    fn drop(&mut self) {
+        self.metrics.body_bytes.fetch_sub((self.kib() as u64) << 10, Ordering::AcqRel);
+    }
 }
 
 impl Call {

@@ -86,6 +86,8 @@ pub(crate) struct Metrics {
     pub(crate) panics: AtomicU64,
     pub(crate) connections: AtomicU64,
     pub(crate) accept_errors: AtomicU64,
+    /// Bytes of bodies that are being read or parsed, rounded up to KiB each.
+    pub(crate) body_bytes: AtomicU64,
     rejections: Mutex<BTreeMap<&'static str, u64>>,
     finished: Mutex<BTreeMap<&'static str, u64>>,
     http: Mutex<BTreeMap<HttpKey, Arc<HttpSeries>>>,
@@ -123,6 +125,7 @@ impl Default for Metrics {
             panics: counter(),
             connections: counter(),
             accept_errors: counter(),
+            body_bytes: counter(),
             rejections: Mutex::default(),
             finished: Mutex::default(),
             http: Mutex::default(),
@@ -295,6 +298,7 @@ impl Metrics {
             "Connections that could not be accepted.",
             load(&self.accept_errors),
         );
+        out.gauge("longhaul_body_bytes", "Bodies being read or parsed.", load(&self.body_bytes) as f64);
         out.counter("longhaul_panics", "Handlers that panicked.", load(&self.panics));
         out.gauge("longhaul_uptime_seconds", "Since the port was bound.", started.elapsed().as_secs_f64());
     }
