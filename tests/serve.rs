@@ -17,31 +17,29 @@ struct Serve {
     child: Child,
     stderr: BufReader<ChildStderr>,
     address: String,
+    /// What it printed until it was ready.
+    log: String,
 }
 
 impl Serve {
     fn start(arguments: &[&str]) -> Self {
         let mut command = longhaul();
         command.args(["serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]).args(arguments);
+        command.env_remove("LONGHAUL_API_KEY").env_remove("VLLM_API_KEY");
         Self::spawn(command)
     }
 
     fn spawn(mut command: Command) -> Self {
-        command.env_remove("LONGHAUL_API_KEY").env_remove("VLLM_API_KEY");
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut address = None;
-        loop {
-            let mut line = String::new();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended: {:?}", child.wait());
-            if let Some(rest) = line.strip_prefix("listening on http://") {
-                address = rest.split(',').next().map(str::to_owned);
-            }
-            if line.starts_with("ready: ") {
-                let address = address.expect("the address comes first");
-                return Self { child, stderr, address };
-            }
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut server = Self { child, stderr, address: String::new(), log: String::new() };
+        while !server.log.contains("ready: ") {
+            let read = server.stderr.read_line(&mut server.log).unwrap();
+            assert!(read > 0, "the server ended: {}", server.log);
         }
+        let address = server.log.split("listening on http://").nth(1).and_then(|rest| rest.split(',').next());
+        server.address = address.expect("the address comes first").to_owned();
+        server
     }
 
     fn connect(&self, request: &[u8]) -> TcpStream {
@@ -258,15 +256,8 @@ fn keys_come_from_a_file_or_the_environment() {
     writeln!(file, "file-canary").unwrap();
     let mut command = longhaul();
     command.args(["serve", "--port", "0", "--device", "cpu", "--api-key-file"]).arg(file.path());
-    command.env_remove("LONGHAUL_API_KEY").env("VLLM_API_KEY", "environment-canary");
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut log = String::new();
-    while !log.contains("ready: ") {
-        assert!(stderr.read_line(&mut log).unwrap() > 0, "{log}");
-    }
-    let address = log.split("http://").nth(1).unwrap().split(',').next().unwrap().to_owned();
-    let server = Serve { child, stderr, address };
+    command.env("VLLM_API_KEY", "environment-canary");
+    let server = Serve::spawn(command);
     for (key, status) in
         [(None, 401), (Some("wrong"), 401), (Some("file-canary"), 200), (Some("environment-canary"), 200)]
     {
@@ -275,6 +266,7 @@ fn keys_come_from_a_file_or_the_environment() {
         assert!(read(server.connect(probe.as_bytes())).starts_with(&format!("HTTP/1.1 {status} ")), "{key}");
     }
     server.signal("-TERM");
+    let log = server.log.clone();
     let (code, rest) = server.end();
     assert_eq!(code, Some(0));
     assert!(!(log + &rest).contains("canary"));

@@ -28,7 +28,7 @@ fn endless(submission: &Submission, sink: &EventSink) {
 }
 
 fn endless_server(config: Config) -> (Arc<Mock>, Running) {
-    let mock = Arc::new(Mock::new(|submission, sink| endless(submission, sink)));
+    let mock = Arc::new(Mock::new(endless));
     let server = Running::start(&mock, config);
     (mock, server)
 }
