@@ -187,6 +187,52 @@ fn help_names_every_command() {
     }
 }
 
+/// The figures of `bench collectives` with these arguments.
+fn collectives(args: &[&str]) -> Vec<Value> {
+    let report = json_output(longhaul().args(["bench", "collectives", "--json"]).args(args));
+    report["collectives"].as_array().unwrap().clone()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn collectives_are_measured_among_threads_and_processes() {
+    let figures = collectives(&["--ranks", "1,3", "--sizes", "4,64k", "--dtype", "bf16", "--seconds", "0"]);
+    // Two implementations, two numbers of ranks, four operations of two sizes and the barrier.
+    assert_eq!(figures.len(), 2 * 2 * (4 * 2 + 1));
+    for figure in &figures {
+        assert!(figure["microseconds"]["median"].as_f64().unwrap() > 0.0, "{figure}");
+        let rates = ["algorithm_bytes_per_second", "bus_bytes_per_second", "limit_bus_bytes_per_second"];
+        let [algorithm, bus, limit] = rates.map(|rate| figure[rate].as_f64());
+        if figure["operation"] == "barrier" {
+            assert_eq!((algorithm, bus, limit), (None, None, None));
+            continue;
+        }
+        let factor = match (figure["operation"].as_str().unwrap(), figure["ranks"].as_u64().unwrap()) {
+            ("broadcast", _) => 1.0,
+            (_, 1) => 0.0,
+            ("all_reduce", _) => 4.0 / 3.0,
+            _ => 2.0 / 3.0,
+        };
+        assert!((bus.unwrap() / algorithm.unwrap() - factor).abs() < 1e-9, "{figure}");
+        assert_eq!(limit.is_some(), figure["ranks"] == 3, "{figure}");
+    }
+}
+
+#[test]
+fn peer_kernels_are_counted_where_there_is_no_gpu() {
+    let figures = collectives(&["--implementation", "peer", "--ranks", "8", "--sizes", "1k,64m"]);
+    let counted: Vec<_> = figures.iter().map(|f| (f["algorithm"].clone(), f["peer_bytes"].clone())).collect();
+    let two_shot = 2 * (64u64 << 20) * 7 / 8;
+    let expected = [(json!("one_shot"), json!(7 * 1024)), (json!("two_shot"), json!(two_shot))];
+    assert_eq!(counted, [expected.clone(), expected].concat());
+    assert!(figures.iter().all(|f| f.get("microseconds").is_none()));
+    let mut command = longhaul();
+    command.args(["bench", "collectives", "--implementation", "peer", "--operation", "broadcast"]);
+    let (code, message) = fail(&mut command);
+    assert_eq!(code, 64, "{message}");
+    assert!(message.contains("all_reduce"), "{message}");
+}
+
 /// Every rank's field `name`, by plan.
 fn per_rank<'a>(plan: &'a Value, name: &'a str) -> impl Iterator<Item = u64> + 'a {
     plan["ranks"].as_array().unwrap().iter().map(move |rank| rank[name].as_u64().unwrap())

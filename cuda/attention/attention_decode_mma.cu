@@ -53,9 +53,9 @@ struct Decode {
     // Rotates the group's queries in all variants; rows beyond the group are zero.
     __device__ __forceinline__ void rotate(const SequenceInfo& sequence, uint32_t kv_head, uint32_t position) const {
         constexpr uint32_t chunks = HeadDim / 16;
-        const uint32_t group = p.kv.group(), chunk = p.rope.chunk_of(position);
+        const uint32_t group = p.kv.query_heads_of(kv_head), chunk = p.rope.chunk_of(position);
         const Bf16* q = static_cast<const Bf16*>(p.q) + static_cast<uint64_t>(sequence.first_row) * p.q_stride +
-                        kv_head * group * HeadDim;
+                        p.kv.first_query_head(kv_head) * HeadDim;
         const float scale = p.step->logit_scale(sequence.first_row) * kLog2E;
         const uint32_t variants = p.rope.chunk_len == 0 ? 1 : kVariants;
         for (uint32_t i = threadIdx.x; i < variants * kGroup * chunks; i += kThreads) {
@@ -154,18 +154,18 @@ struct Decode {
     }
 
     // Where the parts of a (sequence, KV head) are: [split][head of the group][head_dim] unnormalised values, and
-    // [split][head of the group][2]: the maximum and the sum.
+    // [split][head of the group][2]: the maximum and the sum. Groups that are cut leave slots unused.
     __device__ __forceinline__ float* values_of(uint64_t pair) const {
-        return p.partials + pair * p.most_splits * p.kv.group() * HeadDim;
+        return p.partials + pair * p.most_splits * p.kv.group * HeadDim;
     }
     __device__ __forceinline__ float* sums_of(uint64_t pair) const {
-        return p.partials + static_cast<uint64_t>(tasks_of_most) * p.kv.group() * HeadDim +
-               pair * p.most_splits * p.kv.group() * 2;
+        return p.partials + static_cast<uint64_t>(tasks_of_most) * p.kv.group * HeadDim +
+               pair * p.most_splits * p.kv.group * 2;
     }
 
     __device__ __forceinline__ void write(uint32_t row, uint32_t kv_head, uint32_t head, uint32_t quad, float4 v) const {
         Bf16* out = static_cast<Bf16*>(p.out) + static_cast<uint64_t>(row) * p.out_stride +
-                    (kv_head * p.kv.group() + head) * HeadDim + quad * 4;
+                    (p.kv.first_query_head(kv_head) + head) * HeadDim + quad * 4;
         *reinterpret_cast<uint2*>(out) = make_uint2(ptx::cvt_bf16x2(v.x, v.y), ptx::cvt_bf16x2(v.z, v.w));
     }
 
@@ -173,7 +173,8 @@ struct Decode {
     // this task's part of it.
     __device__ __forceinline__ void merge_warps(const FlashState<HeadDim, 1, 1>& state, uint32_t order, uint32_t kv_head,
                                                 uint32_t split, uint32_t splits, uint32_t row) const {
-        const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = p.kv.group();
+        const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const uint32_t group = p.kv.query_heads_of(kv_head), pitch = p.kv.group;
         float* parts = reinterpret_cast<float*>(shared + kVariants * kQueryBytes);  // [warp][head][head_dim]
         float* stats = parts + kWarps * kGroup * HeadDim;                           // [warp][head][2]
         float* weights = stats + kWarps * kGroup * 2;                               // [head][most splits]
@@ -208,8 +209,8 @@ struct Decode {
                 write(row, kv_head, head, quad,
                       make_float4(total.x * factor, total.y * factor, total.z * factor, total.w * factor));
             } else {
-                *reinterpret_cast<float4*>(values + (split * group + head) * HeadDim + quad * 4) = total;
-                if (quad == 0) *reinterpret_cast<float2*>(sums + (split * group + head) * 2) = make_float2(largest, sum);
+                *reinterpret_cast<float4*>(values + (split * pitch + head) * HeadDim + quad * 4) = total;
+                if (quad == 0) *reinterpret_cast<float2*>(sums + (split * pitch + head) * 2) = make_float2(largest, sum);
             }
         }
         if (splits == 1) return;
@@ -228,7 +229,7 @@ struct Decode {
             float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
             for (uint32_t s = 0; s < splits; ++s) {
-                const uint4 bits = ptx::ld_global_cg_v4(from + static_cast<uint64_t>(s) * group * HeadDim);
+                const uint4 bits = ptx::ld_global_cg_v4(from + static_cast<uint64_t>(s) * pitch * HeadDim);
                 add(total, weights[head * kMostSplits + s],
                     make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
                                 __uint_as_float(bits.w)));
@@ -239,7 +240,7 @@ struct Decode {
 
     // The factor of each split's values in the result of one head; a lane holds splits `lane` and `lane` + 32.
     __device__ __forceinline__ void weigh_splits(const float* sums, uint32_t splits, float* weights) const {
-        const uint32_t lane = threadIdx.x % 32, pitch = p.kv.group() * 2;
+        const uint32_t lane = threadIdx.x % 32, pitch = p.kv.group * 2;
         float largest[2], sum[2];
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {

@@ -46,7 +46,7 @@ __device__ __forceinline__ void attention_plain(const AttentionParams& p) {
     }
     __syncthreads();
 
-    const uint32_t kv_head = head / p.kv.group();
+    const uint32_t kv_head = p.kv.kv_head_of(head);
     const float scale = p.step->logit_scale(row) * p.kv.key_scale(kv_head);
     const float minus_infinity = __uint_as_float(0xff800000u);
     float largest = minus_infinity, sum = 0.0f, out[2] = {0.0f, 0.0f};

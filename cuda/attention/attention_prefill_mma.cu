@@ -31,21 +31,21 @@ struct Prefill {
     const AttentionParams& p;
     // Of the sequence: tokens before the step, first row in the step, offset of the block table.
     uint32_t cached, first_row, table;
-    uint32_t kv_head, first_packed, packed_rows;
+    uint32_t kv_head, first_head, group;  // the KV head, and the query heads that read it
+    uint32_t first_packed, packed_rows;
     unsigned char* shared;
 
     __device__ __forceinline__ uint32_t position_of(uint32_t packed) const {
-        return cached + packed / p.kv.group();
+        return cached + packed / group;
     }
 
     // Rotates the query tile against keys of chunk `key_chunk`.
     __device__ __forceinline__ void rotate(uint32_t key_chunk) const {
         constexpr uint32_t chunks = kChunks / 2;
-        const uint32_t group = p.kv.group();
         for (uint32_t i = threadIdx.x; i < kRows * chunks; i += kThreads) {
             const uint32_t row = i / chunks, packed = first_packed + row;
             if (packed < packed_rows) {
-                const uint32_t token = packed / group, head = kv_head * group + packed % group;
+                const uint32_t token = packed / group, head = first_head + packed % group;
                 const uint32_t step_row = first_row + token;
                 const Bf16* q = static_cast<const Bf16*>(p.q) + static_cast<uint64_t>(step_row) * p.q_stride + head * HeadDim;
                 rotate_chunk<HeadDim>(p.rope, q, cached + token, key_chunk,
@@ -152,7 +152,6 @@ struct Prefill {
             count = next_count;
         }
         state.finish();
-        const uint32_t group = p.kv.group();
 #pragma unroll
         for (uint32_t t = 0; t < Tiles; ++t)
 #pragma unroll
@@ -162,7 +161,7 @@ struct Prefill {
                 const float factor = 1.0f / state.sum[t][r];
                 Bf16* out = static_cast<Bf16*>(p.out) +
                             static_cast<uint64_t>(first_row + packed / group) * p.out_stride +
-                            (kv_head * group + packed % group) * HeadDim + lane % 4 * 2;
+                            (first_head + packed % group) * HeadDim + lane % 4 * 2;
 #pragma unroll
                 for (uint32_t n = 0; n < HeadDim / 8; ++n)
                     *reinterpret_cast<uint32_t*>(out + n * 8) =
@@ -176,16 +175,19 @@ __device__ __forceinline__ void attention_prefill(const AttentionParams& p) {
     using Work = Prefill<HeadDim, Tiles>;
     // Tiles of all sequences follow each other; the last ones come first.
     const StepHeader& step = *p.step;
+    const uint32_t kv_head = blockIdx.y, group = p.kv.query_heads_of(kv_head);
     uint32_t index = blockIdx.x;
     for (uint32_t i = step.prefill_count; i-- > 0;) {
         const SequenceInfo& sequence = step.sequence(step.words()[step.prefill_sequences + i]);
-        const uint32_t packed_rows = sequence.rows * p.kv.group(), tiles = (packed_rows + Work::kRows - 1) / Work::kRows;
+        const uint32_t packed_rows = sequence.rows * group, tiles = (packed_rows + Work::kRows - 1) / Work::kRows;
         if (index < tiles) {
             const Work work{p,
                             sequence.kv_len - sequence.rows,
                             sequence.first_row,
                             sequence.block_table,
-                            blockIdx.y,
+                            kv_head,
+                            p.kv.first_query_head(kv_head),
+                            group,
                             (tiles - 1 - index) * Work::kRows,
                             packed_rows,
                             ptx::dynamic_shared<unsigned char>()};

@@ -14,19 +14,19 @@ struct AllReduceAddRmsNormParams {
     const void* x;          // T [rows, x_stride], the ranks of the launch one after the other, as all below but the weight
     const float* residual;  // [rows, residual_stride], or null: there is none yet
     const float* weight;    // [cols]
-    void* out;              // T [rows, x_stride]
+    void* out;              // O [rows, out_stride]
     float* residual_out;    // [rows, residual_stride]; may be `residual`
     uint32_t rows;          // of a rank
     uint32_t cols;
     uint32_t x_stride;      // at most a slice
     uint32_t residual_stride;
     float eps;
-    uint32_t unused;
+    uint32_t out_stride;
 };
 
 constexpr unsigned kThreads = 512;
 
-template <class T>
+template <class T, class O>
 __device__ __forceinline__ void all_reduce_add_rms_norm(const AllReduceAddRmsNormParams& p) {
     PTX_SHARED_ARRAY(uint32_t, gave_up, 4);
     PTX_SHARED_ARRAY(float, scratch, 32);
@@ -57,13 +57,13 @@ __device__ __forceinline__ void all_reduce_add_rms_norm(const AllReduceAddRmsNor
         }
         squares = block_reduce(squares, scratch, 0.0f, Sum{});
         const float factor = rsqrtf(squares / static_cast<float>(p.cols) + p.eps);
-        T* out = static_cast<T*>(p.out) + row * p.x_stride;
+        O* out = static_cast<O*>(p.out) + row * p.out_stride;
         // A thread reads what it has written itself.
         for (uint32_t unit = threadIdx.x; unit < units; unit += blockDim.x)
 #pragma unroll
             for (uint32_t i = 0; i < kElements; ++i) {
                 const uint32_t col = unit * kElements + i;
-                if (col < p.cols) out[col] = from_float<T>(sum_out[col] * factor * p.weight[col]);
+                if (col < p.cols) out[col] = from_float<O>(sum_out[col] * factor * p.weight[col]);
             }
     }
     if (blockIdx.x < p.rows) exchange.finish();
@@ -71,7 +71,11 @@ __device__ __forceinline__ void all_reduce_add_rms_norm(const AllReduceAddRmsNor
 
 }  // namespace
 
-LONGHAUL_KERNEL(all_reduce_add_rms_norm_bf16, AllReduceAddRmsNormParams, kThreads, all_reduce_add_rms_norm<Bf16>)
-LONGHAUL_KERNEL(all_reduce_add_rms_norm_f32, AllReduceAddRmsNormParams, kThreads, all_reduce_add_rms_norm<float>)
+LONGHAUL_KERNEL(all_reduce_add_rms_norm_bf16_bf16, AllReduceAddRmsNormParams, kThreads,
+                all_reduce_add_rms_norm<Bf16, Bf16>)
+LONGHAUL_KERNEL(all_reduce_add_rms_norm_f32_bf16, AllReduceAddRmsNormParams, kThreads,
+                all_reduce_add_rms_norm<float, Bf16>)
+LONGHAUL_KERNEL(all_reduce_add_rms_norm_f32_f32, AllReduceAddRmsNormParams, kThreads,
+                all_reduce_add_rms_norm<float, float>)
 
 }  // namespace longhaul

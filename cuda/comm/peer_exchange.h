@@ -5,7 +5,7 @@
 // it (acquire), and reads their slices. Slices alternate: round n + 2 writes where n did, and a block gets there only after
 // all others have announced n + 1, which each does after it has read what n brought. Blocks of different indices share
 // nothing, so launches with different grids may follow each other; counters live in the region, so a recorded launch may
-// be replayed.
+// be replayed. A wait ends when the rank has come, after so many polls, or when the host says that the group has ended.
 //
 // The blocks of an index must run at once on all ranks. One launch can carry several ranks (gridDim.y of them), which is
 // how one GPU, or the emulator, runs a whole group. Mirrored in crates/cuda/src/ops/comm.rs.
@@ -15,11 +15,15 @@
 #include "../ptx/convert.h"
 #include "../ptx/load_store.h"
 #include "../ptx/synchronising_access.h"
+#include "../ptx/system_access.h"
 
 namespace longhaul {
 
 inline constexpr uint32_t kMostRanks = 16;
 inline constexpr uint32_t kMostBlocks = 64;
+inline constexpr uint32_t kAborted = 0xffffffffu;
+// Polls of a flag between looks at the abort word, which lies on the far side of the bus.
+inline constexpr uint32_t kAbortPolls = 128;
 
 struct PeerParams {
     void* regions[kMostRanks];  // of every rank, as mapped here
@@ -27,10 +31,11 @@ struct PeerParams {
     uint32_t first_rank;   // of the launch: blocks with blockIdx.y 0
     uint32_t slice_bytes;  // a multiple of 16
     uint32_t most_polls;   // of one flag, before a block gives up
+    const uint32_t* abort;  // host memory: not 0 once the group has ended, or null
 };
 
 // Words at the start of a region.
-inline constexpr uint32_t kStatusWord = 0;  // 0, or 1 + the rank that was waited for in vain
+inline constexpr uint32_t kStatusWord = 0;  // 0, 1 + the rank that was waited for in vain, or kAborted
 inline constexpr uint32_t kCounterWord = 16;
 inline constexpr uint32_t kFlagWord = kCounterWord + kMostBlocks;
 inline constexpr uint32_t kDataWord = kFlagWord + kMostBlocks * kMostRanks;
@@ -63,9 +68,11 @@ public:
             for (uint32_t polls = 0; *gave_up_ == 0; ++polls) {
                 const uint32_t seen = ptx::ld_acquire_sys(flag(rank_, threadIdx.x));
                 if (static_cast<ptx::int32_t>(seen - round_) >= 0) break;
-                if (polls == p_.most_polls) {
+                const bool aborted =
+                    polls % kAbortPolls == kAbortPolls - 1 && p_.abort != nullptr && ptx::ld_relaxed_sys(p_.abort) != 0;
+                if (aborted || polls == p_.most_polls) {
                     *gave_up_ = 1;
-                    ptx::st_release_sys(word(rank_, kStatusWord), threadIdx.x + 1);
+                    ptx::st_release_sys(word(rank_, kStatusWord), aborted ? kAborted : threadIdx.x + 1);
                 }
             }
         }

@@ -1,6 +1,6 @@
-// Embedding gather: out[row] = table[id(row)], in 16-byte units.
+// Embedding gather: out[row] = table[id(row) - first_id], in 16-byte units; zeros for ids of rows that other ranks hold.
 //
-// One block a row. An id outside the table (only possible if the host did not check) gives NaN, which the sampler reports.
+// One block a row. An id outside the vocabulary (only possible if the host did not check) gives NaN, which the sampler reports.
 #include "../common/kernel.h"
 #include "../common/step.h"
 
@@ -9,21 +9,23 @@ namespace {
 
 struct EmbedParams {
     const StepHeader* step;
-    const uint4* table;  // [table_rows, row_units]
+    const uint4* table;  // [table_rows, row_units]: ids from first_id on
     uint4* out;          // [rows, row_units]
     uint32_t table_rows;
     uint32_t row_units;  // 16-byte units of a row
+    uint32_t first_id;
+    uint32_t vocab_size;
 };
 
 __device__ __forceinline__ void embed(const EmbedParams& p) {
     const uint32_t row = blockIdx.x;
     if (row >= p.step->rows) return;
-    const uint32_t id = p.step->id(row);
+    const uint32_t id = p.step->id(row), local = id - p.first_id;
     uint4* out = p.out + static_cast<uint64_t>(row) * p.row_units;
-    const uint4* source = p.table + static_cast<uint64_t>(id) * p.row_units;
-    const uint32_t nan = 0xffffffffu;
+    const uint4* source = p.table + static_cast<uint64_t>(local) * p.row_units;
+    const uint32_t other = id < p.vocab_size ? 0 : 0xffffffffu;  // NaN
     for (uint32_t i = threadIdx.x; i < p.row_units; i += blockDim.x)
-        out[i] = id < p.table_rows ? source[i] : make_uint4(nan, nan, nan, nan);
+        out[i] = local < p.table_rows ? source[i] : make_uint4(other, other, other, other);
 }
 
 }  // namespace

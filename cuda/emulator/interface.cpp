@@ -55,6 +55,7 @@ int longhaul_emulated_launch_kernel(const longhaul_emulated_launch* launch, char
     config.completion = launch->eager != 0 ? emulator::Completion::Eager : emulator::Completion::Lazy;
     config.seed = launch->seed;
     config.resident_blocks = launch->resident_blocks;
+    config.across_devices = launch->across_devices != 0;
     if (config.block.count() > kernel->max_threads) {
         report(error, error_bytes, "more threads in a block than the kernel's launch bounds allow");
         return status(FaultKind::InvalidArgument);

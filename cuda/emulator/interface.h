@@ -18,6 +18,7 @@ struct longhaul_emulated_launch {
     std::uint32_t shared_bytes;     // dynamic
     std::uint32_t eager;            // asynchronous copies land at issue (1) or as late as a wait allows (0)
     std::uint32_t resident_blocks;  // in flight at once
+    std::uint32_t across_devices;   // whether blocks wait for launches on other devices (1)
 };
 
 int longhaul_emulated_launch_kernel(const longhaul_emulated_launch* launch, char* error, std::size_t error_bytes);

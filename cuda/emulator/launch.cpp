@@ -5,9 +5,11 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <exception>
 #include <optional>
+#include <thread>
 
 #include "bulk_store.h"
 #include "cluster.h"
@@ -26,6 +28,8 @@ constexpr unsigned kMaxGridYz = 65535;
 constexpr unsigned kMaxClusterBlocks = 8;  // portable
 // Resumptions of polling threads without any progress before the launch is called dead, per polling thread.
 constexpr std::uint64_t kFruitlessPolls = 256;
+// Between looks at memory that another device is to write.
+constexpr std::chrono::microseconds kNap{50};
 
 // splitmix64 (Steele, Lea, Flood 2014): small, and the same on every platform.
 class Random {
@@ -106,6 +110,7 @@ private:
     Thread* pick_polling();
     Thread* take(Warp& warp, std::uint32_t lanes);
     bool apply_deferred();
+    void wait_for_other_devices() const;
     void resume(Thread& thread);
     std::string crash_message(const Thread& thread) const;
 
@@ -310,6 +315,15 @@ bool Launch::apply_deferred() {
     return true;
 }
 
+// Every thread that polls has looked in vain: lets other host threads run, and sleeps once that has not helped for a while.
+void Launch::wait_for_other_devices() const {
+    if (!config_.across_devices) return;
+    if (fruitless_polls_ < kFruitlessPolls)
+        std::this_thread::yield();
+    else
+        std::this_thread::sleep_for(kNap);
+}
+
 void Launch::resume(Thread& thread) {
     const std::uint32_t bit = 1u << thread.lane();
     thread.warp->polling &= ~bit;
@@ -359,8 +373,9 @@ LaunchStats Launch::run() {
             std::uint64_t polling = 0;
             for (const auto& block : blocks_)
                 for (const auto& warp : block->warps) polling += static_cast<unsigned>(std::popcount(warp.polling));
-            if (thread == nullptr || ++fruitless_polls_ > kFruitlessPolls * polling)
+            if (thread == nullptr || (++fruitless_polls_ > kFruitlessPolls * polling && !config_.across_devices))
                 throw Fault(FaultKind::Deadlock, describe_deadlock(config_.name, blocks_));
+            if (fruitless_polls_ % polling == 0) wait_for_other_devices();
         }
         Block& block = *thread->block;
         resume(*thread);

@@ -36,6 +36,9 @@ struct LaunchConfig {
     std::uint64_t seed = 1;
     // Blocks in flight at once, rounded up to whole clusters. Kernels whose blocks wait for each other need all of the grid.
     unsigned resident_blocks = 2;
+    // Whether blocks wait for launches of other host threads. Waiting for memory is then no deadlock: the host thread yields,
+    // and the kernel itself must give up at some time.
+    bool across_devices = false;
 };
 
 struct LaunchStats {

@@ -5,6 +5,7 @@
 // a NaN in every floating-point format used (f32, bf16, f16, e4m3).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -56,6 +57,14 @@ struct Allocation {
     GuardedRegion region;
     std::size_t poison_width;
 };
+
+// A word that other host threads may access at the same time: devices of a group run on a thread each.
+inline std::uint32_t load_word(const std::uint32_t* address) {
+    return std::atomic_ref(*const_cast<std::uint32_t*>(address)).load(std::memory_order_acquire);
+}
+inline void store_word(std::uint32_t* address, std::uint32_t value) {
+    std::atomic_ref(*address).store(value, std::memory_order_release);
+}
 
 enum class Access { Read, Write };
 

@@ -1,4 +1,4 @@
-// Weighted sum of a row's experts in slot order, plus the shared expert times the sigmoid of its gate.
+// Weighted sum of a row's experts on this rank in slot order, plus the shared expert times the sigmoid of its gate.
 #include "../common/element.h"
 #include "../common/kernel.h"
 #include "moe.h"
@@ -27,8 +27,10 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
     float sum[8] = {};
     for (uint32_t choice = 0; choice < p.routing.top_k; ++choice) {
         const uint32_t slot = row * p.routing.top_k + choice;
+        const uint32_t place = p.routing.slot_place[slot];
+        if (place == kNowhere) continue;
         const float weight = p.routing.slot_weight[slot];
-        const float* out = p.expert_out + static_cast<uint64_t>(p.routing.slot_place[slot]) * p.expert_stride + column;
+        const float* out = p.expert_out + static_cast<uint64_t>(place) * p.expert_stride + column;
         float value[8];
         if (whole) load_eight(out, value);
 #pragma unroll

@@ -35,7 +35,7 @@ __device__ __forceinline__ float dot(const T* x, const T* weight, uint32_t k) {
 template <class T>
 __device__ __forceinline__ void gate_up_plain(const ExpertsParams& p) {
     const uint32_t place = blockIdx.x, n = blockIdx.y * kWarps + threadIdx.x / 32;
-    if (n >= p.n) return;
+    if (n >= p.n || place >= p.routing.offsets[p.routing.experts]) return;
     const uint32_t slot = p.routing.permuted_slot[place], expert = p.routing.slot_expert[slot];
     const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(slot / p.routing.top_k) * p.x_stride;
     const T* gate = static_cast<const T*>(p.weight) + (static_cast<uint64_t>(expert) * 2 * p.n + n) * p.weight_stride;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void gate_up_plain(const ExpertsParams& p) {
 template <class T>
 __device__ __forceinline__ void down_plain(const ExpertsParams& p) {
     const uint32_t place = blockIdx.x, n = blockIdx.y * kWarps + threadIdx.x / 32;
-    if (n >= p.n) return;
+    if (n >= p.n || place >= p.routing.offsets[p.routing.experts]) return;
     const uint32_t expert = p.routing.slot_expert[p.routing.permuted_slot[place]];
     const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(place) * p.x_stride;
     const T* weight = static_cast<const T*>(p.weight) + (static_cast<uint64_t>(expert) * p.n + n) * p.weight_stride;

@@ -22,6 +22,8 @@ struct RouteParams {
     uint32_t* counts;  // [groups, experts]: slots of each expert in a group, then in the groups before it; null in moe_route
     uint32_t scores_stride;
     uint32_t normalise;  // divide the chosen weights by their sum
+    uint32_t first_expert;    // of the rank
+    uint32_t router_experts;  // of all ranks: columns of scores
 };
 
 inline constexpr uint32_t kRouteRows = 64;  // of a group
@@ -38,7 +40,7 @@ __device__ __forceinline__ void choose_experts(const RouteParams& p, uint32_t ro
 #pragma unroll
     for (uint32_t i = 0; i < kPerLane; ++i) {
         const uint32_t expert = i * 32 + lane;
-        value[i] = expert < r.experts ? scores[expert] : minus_infinity;
+        value[i] = expert < p.router_experts ? scores[expert] : minus_infinity;
         largest = Max{}(largest, value[i]);
     }
     largest = warp_reduce(largest, Max{});
@@ -71,8 +73,8 @@ __device__ __forceinline__ void choose_experts(const RouteParams& p, uint32_t ro
             }
         }
         // Scores that are not numbers choose nothing; any expert will do, the row's logits will not be finite anyway.
-        if (index >= r.experts) {
-            index = slot % r.experts;
+        if (index >= p.router_experts) {
+            index = slot % p.router_experts;
             best = __uint_as_float(0x7fffffffu);
         }
 #pragma unroll
@@ -81,7 +83,10 @@ __device__ __forceinline__ void choose_experts(const RouteParams& p, uint32_t ro
         const float weight = best / sum;
         chosen_sum += weight;
         if (lane == 0) {
-            experts[slot] = index;
+            const uint32_t local = index - p.first_expert;
+            experts[slot] = local;
+            // Slots of this rank get their place later.
+            if (local >= r.experts) r.slot_place[static_cast<uint64_t>(row) * r.top_k + slot] = kNowhere;
             weights[slot] = weight;
         }
     }

@@ -56,17 +56,18 @@ inline uint32_t synchronising_load(const uint32_t* address, const char* instruct
     ::emulator::check_global(address, 4, 4, ::emulator::Access::Read, instruction);
     auto& thread = ::emulator::this_thread();
     ::emulator::preemption_point();
-    if (thread.polled_address == address && thread.polled_value == *address)
+    if (thread.polled_address == address && thread.polled_value == ::emulator::load_word(address))
         ::emulator::poll({::emulator::Wait::Kind::Polling, 0, 0, instruction, {}});
+    const uint32_t value = ::emulator::load_word(address);
     thread.polled_address = address;
-    thread.polled_value = *address;
-    return *address;
+    thread.polled_value = value;
+    return value;
 }
 
 inline void synchronising_store(uint32_t* address, uint32_t v, const char* instruction) {
     ::emulator::check_global(address, 4, 4, ::emulator::Access::Write, instruction);
     ::emulator::preemption_point();
-    *address = v;
+    ::emulator::store_word(address, v);
     ::emulator::note_progress();
     ::emulator::preemption_point();
 }

@@ -2,6 +2,9 @@
 
 #![allow(dead_code)]
 
+#[cfg(target_os = "linux")]
+pub mod nodes;
+
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -16,6 +19,7 @@ pub fn longhaul() -> Command {
         .env("LONGHAUL_OFFLINE", "1")
         .env_remove("LONGHAUL_CPU_ISA")
         .env_remove("LONGHAUL_EMULATOR")
+        .env_remove("LONGHAUL_NODE_KEY_FILE")
         .stdin(Stdio::null());
     command
 }

@@ -15,6 +15,7 @@ mod ops;
 mod rope;
 mod sampling;
 mod step;
+mod widths;
 
 pub use collective::{Collective, CollectiveError, Single, Values, ValuesMut, check_shares};
 pub use error::{Error, Result};
@@ -24,3 +25,4 @@ pub use ops::{Backend, ExpertWeights, Linear, MoeWeights, SharedExpert};
 pub use rope::{Chunking, KeySegment, RopeTables};
 pub use sampling::{Sampled, SamplingRow, SeenToken, uniform};
 pub use step::{SequenceInputs, StepInputs};
+pub use widths::Widths;

@@ -227,6 +227,21 @@ pub trait Backend {
     /// A rank that failed.
     fn all_reduce(&self, x: Self::Tensor) -> Result<Self::Tensor>;
 
+    /// [`Backend::add_rms_norm`] of the sum of `x` over the ranks: [`Backend::all_reduce`], then the norm, unless the device
+    /// does both at once.
+    ///
+    /// # Errors
+    /// Those of both.
+    fn all_reduce_add_rms_norm(
+        &self,
+        x: Self::Tensor,
+        residual: Option<Self::Tensor>,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(Self::Tensor, Self::Tensor)> {
+        self.add_rms_norm(self.all_reduce(x)?, residual, weight, eps)
+    }
+
     /// Every rank's `x` (`[rows, shares[rank]]`) side by side: `[rows, sum of shares]`; the identity on one rank.
     ///
     /// # Errors

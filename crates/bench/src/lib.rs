@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod bandwidth;
+pub mod collectives;
 pub mod kernels;
 mod latency;
 pub mod plan;
 
-pub use bandwidth::copy_bandwidth;
+pub use bandwidth::{copy_bandwidth, copy_bandwidth_of};
 pub use latency::{LatencyConfig, LatencyReport, Spread, latency};

@@ -1,7 +1,11 @@
 //! Arguments of every command.
 
+mod all_reduce;
+mod bench;
+mod nodes;
 mod plan;
 mod serve;
+mod values;
 
 use std::path::PathBuf;
 
@@ -11,8 +15,14 @@ use longhaul_engine::{
     KvCacheDtype, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
 
+use crate::exit;
+
+pub use all_reduce::AllReduceArg;
+pub use bench::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
+pub use nodes::NodesArgs;
 pub use plan::{KvDType, PlanArgs, PlanDType};
 pub use serve::{GenerationConfigArg, ServeArgs};
+use values::{emulator_options, fraction, token_count};
 
 /// Serves the Qwen2 family with exact long context.
 #[derive(Debug, Parser)]
@@ -47,8 +57,8 @@ pub struct ModelArgs {
     /// dummy: random weights from a seed, no files needed
     #[arg(long, value_enum, default_value_t = LoadFormatArg::Auto)]
     pub load_format: LoadFormatArg,
-    /// Where to run. auto: the first CUDA device if there is one, else the CPU. cuda:N: the device of that number. emulated: the CUDA kernels on the CPU, slow, for
-    /// tests
+    /// Where to run. auto: CUDA devices if there is one for each rank of --tp, else the CPU. cuda:N: devices from that number on.
+    /// emulated: the CUDA kernels on the CPU, slow, for tests
     #[arg(long, value_parser = device, default_value = "auto", value_name = "auto|cpu|cuda[:N]|emulated")]
     pub device: Device,
     /// Which CUDA kernels run: the fastest that take the shape, the plain reference ones, or mma.sync ones
@@ -69,14 +79,18 @@ pub struct ModelArgs {
     /// devices only; its attention runs on the plain kernels, which are slower
     #[arg(long, value_enum, default_value_t = KvCacheDtypeArg::Auto)]
     pub kv_cache_dtype: KvCacheDtypeArg,
-    /// Ranks that the model is dealt over: threads of the CPU, each with its shard of the weights and of the KV cache.
-    /// `longhaul plan` shows the shards
+    /// Ranks that the model is dealt over, each with its shard of the weights and of the KV cache: a CUDA device each, or
+    /// threads of the CPU. `longhaul plan` shows the shards
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
     pub tp: u8,
     /// Deal routed experts whole over the ranks instead of cutting each by columns
     #[arg(long)]
     pub expert_parallel: bool,
-    /// CPU threads of all ranks together; 0 = all cores
+    /// How partial sums of ranks on CUDA devices come together. peer: our kernels, where the devices map each other's memory.
+    /// nccl: NVIDIA's library. host: through the host's memory, works everywhere, slow. auto: the first of these that works
+    #[arg(long, value_enum, default_value_t = AllReduceArg::Auto)]
+    pub all_reduce: AllReduceArg,
+    /// CPU threads of this node's ranks together; 0 = all cores
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
     /// Fraction of a CUDA device's memory up to which it may be filled
@@ -96,13 +110,15 @@ pub struct ModelArgs {
     /// Seed of dummy weights
     #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub dummy_seed: u64,
+    #[command(flatten)]
+    pub nodes: NodesArgs,
 }
 
 impl ModelArgs {
     /// The loader that these arguments describe; `auto` is what `--dtype auto` means to the command.
     ///
     /// # Errors
-    /// A model name that means nothing.
+    /// A model name that means nothing; nodes that are not described whole.
     pub fn loader(&self, auto: Precision) -> Result<Loader, EngineError> {
         if self.long_context.len() > 1 {
             return Err(EngineError::Parameter {
@@ -127,15 +143,19 @@ impl ModelArgs {
                 threads: self.threads,
                 tensor_parallel: self.tp.into(),
                 expert_parallel: self.expert_parallel,
+                all_reduce: self.all_reduce.into(),
                 kernels: self.kernels.into(),
                 enforce_eager: self.enforce_eager,
                 emulator: self.emulator,
                 gpu_memory_utilization: self.gpu_memory_utilization,
+                step_timeout: self.nodes.step_timeout,
+                group_lost: exit::group_lost,
             },
             max_model_len: self.max_model_len,
             long_context: self.long_context.first().copied(),
             dummy_seed: self.dummy_seed,
             offline: self.offline,
+            nodes: self.nodes.options()?,
         })
     }
 }
@@ -168,14 +188,6 @@ pub fn device(text: &str) -> Result<Device, String> {
     }
 }
 
-/// Above 0 and at most 1.
-fn fraction(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(fraction) if fraction > 0.0 && fraction <= 1.0 => Ok(fraction),
-        _ => Err("expected a fraction above 0 and at most 1, such as 0.9".into()),
-    }
-}
-
 impl From<KernelsArg> for Kernels {
     fn from(kernels: KernelsArg) -> Self {
         match kernels {
@@ -184,29 +196,6 @@ impl From<KernelsArg> for Kernels {
             KernelsArg::Mma => Kernels::Mma,
         }
     }
-}
-
-/// `seed=N`, `copies=eager|lazy`, `blocks=N` (in flight), `sm=80|89|90`, `multiprocessors=N`, separated by commas.
-pub fn emulator_options(text: &str) -> Result<EmulatedOptions, String> {
-    let mut options = EmulatedOptions::default();
-    for setting in text.split(',').filter(|s| !s.is_empty()) {
-        let (key, value) = setting.split_once('=').ok_or_else(|| format!("{setting:?} is not KEY=VALUE"))?;
-        let number = || match value.parse::<u32>() {
-            Ok(n) if n > 0 => Ok(n),
-            _ => Err(format!("{key}: expected a positive number, got {value:?}")),
-        };
-        match (key, value) {
-            ("seed", _) => options.seed = number()?.into(),
-            ("blocks", _) => options.resident_blocks = number()?,
-            ("sm", _) => options.compute_capability = number()?,
-            ("multiprocessors", _) => options.multiprocessors = number()?,
-            ("copies", "eager") => options.eager = true,
-            ("copies", "lazy") => options.eager = false,
-            ("copies", _) => return Err(format!("copies: eager or lazy, got {value:?}")),
-            _ => return Err(format!("{key:?} is none of seed, copies, blocks, sm, multiprocessors")),
-        }
-    }
-    Ok(options)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -238,17 +227,6 @@ impl From<KvCacheDtypeArg> for KvCacheDtype {
             KvCacheDtypeArg::Fp8E4m3 => KvCacheDtype::Fp8E4m3,
         }
     }
-}
-
-/// `4096`, `32k` (= 32,768) or `1m` (= 1,048,576).
-pub fn token_count(text: &str) -> Result<usize, String> {
-    let lower = text.to_ascii_lowercase();
-    let (digits, unit) = match lower.strip_suffix('k') {
-        Some(digits) => (digits, 1 << 10),
-        None => lower.strip_suffix('m').map_or((lower.as_str(), 1), |digits| (digits, 1 << 20)),
-    };
-    let count: Option<usize> = digits.parse().ok().and_then(|n: usize| n.checked_mul(unit));
-    count.ok_or_else(|| "expected a number of tokens such as 4096, 32k or 1m".into())
 }
 
 /// How tokens are drawn. What is not given comes from the checkpoint's generation_config.json.
@@ -506,61 +484,6 @@ pub struct DetokenizeArgs {
     pub model: String,
 }
 
-/// Measurements, each beside its limit
-#[derive(Debug, Args)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    pub what: BenchCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum BenchCommand {
-    Latency(LatencyArgs),
-    Kernels(KernelsArgs),
-}
-
-/// Every CUDA kernel at the shapes of the five models, beside the limit it is a fraction of
-#[derive(Debug, Args)]
-pub struct KernelsArgs {
-    /// Where to run. emulated: bytes and operations are counted, nothing is launched
-    #[arg(long, value_parser = device, default_value = "auto", value_name = "auto|cuda[:N]|emulated")]
-    pub device: Device,
-    /// Which kernels run
-    #[arg(long, value_enum, default_value_t = KernelsArg::Auto)]
-    pub kernels: KernelsArg,
-    /// Only ops whose name contains this, such as attention
-    #[arg(long, value_name = "TEXT")]
-    pub op: Option<String>,
-    /// Only this model, such as qwen2-7b
-    #[arg(long, value_name = "NAME")]
-    pub model: Option<String>,
-    /// One JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// One request at a time: prefill and decode speed, decode as a fraction of the memory bandwidth
-#[derive(Debug, Args)]
-pub struct LatencyArgs {
-    /// Tokens of the prompt
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
-    pub input_len: u32,
-    /// Tokens to generate
-    #[arg(long, default_value_t = 64, value_name = "TOKENS")]
-    pub output_len: u32,
-    /// Measured runs after one warm-up
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    pub runs: usize,
-    /// Tokens of a prefill step [default: 512]
-    #[arg(long, value_name = "TOKENS")]
-    pub chunk: Option<usize>,
-    /// One JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-    #[command(flatten)]
-    pub model: ModelArgs,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -584,20 +507,6 @@ mod tests {
         }
         for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA"] {
             assert!(device(bad).is_err(), "{bad}");
-        }
-        assert_eq!(fraction("0.5"), Ok(0.5));
-        for bad in ["0", "-1", "1.5", "NaN", "x"] {
-            assert!(fraction(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn token_counts_take_units() {
-        assert_eq!(token_count("4096"), Ok(4096));
-        assert_eq!(token_count("128K"), Ok(131_072));
-        assert_eq!(token_count("1m"), Ok(1_048_576));
-        for bad in ["", "k", "-1", "1.5k", "12q"] {
-            assert!(token_count(bad).is_err(), "{bad}");
         }
     }
 }

@@ -51,6 +51,12 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(code(error))
 }
 
+/// Ends the process because its group of ranks has ended while the main thread is stuck in a step, or waits for somebody.
+pub fn group_lost(message: &str) {
+    eprintln!("error: {message}");
+    std::process::exit(RESTART.into());
+}
+
 fn code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if cause.is::<UsageError>() {
@@ -93,6 +99,7 @@ fn engine_code(error: &EngineError) -> u8 {
         EngineError::NoTokenizer { .. } | EngineError::NoChatTemplate { .. } => CONFIG,
         EngineError::File { .. } | EngineError::Weights(_) => NO_INPUT,
         EngineError::Rank { source, .. } => engine_code(source),
+        EngineError::Nodes(error) => error.exit_code(),
         EngineError::Model(error) => model_code(error),
         EngineError::Backend(error) => backend_code(error),
     }

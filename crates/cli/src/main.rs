@@ -15,7 +15,19 @@ use args::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = match cli.command {
+    let result = match commands::worker::loader(&cli.command) {
+        Ok(Some(loader)) => commands::worker::run(&loader),
+        Ok(None) => run(cli.command),
+        Err(error) => Err(error),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => exit::report(&error),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Ask(args) => commands::ask::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
@@ -27,9 +39,5 @@ fn main() -> ExitCode {
         Command::Plan(args) => commands::plan::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Tokenize(args) => commands::tokenize::tokenize(&args),
-    };
-    match result {
-        Ok(code) => code,
-        Err(error) => exit::report(&error),
     }
 }

@@ -21,14 +21,27 @@ pub fn load(loader: &Loader) -> anyhow::Result<Engine> {
     Ok(load_engine(loader)?)
 }
 
-/// [`load`] with the engine's own error.
-pub fn load_engine(loader: &Loader) -> Result<Engine, EngineError> {
+/// Works for the leader of a group of nodes, behind the same bar.
+pub fn follow(loader: &Loader) -> Result<(), EngineError> {
+    loading(|progress| loader.follow(progress))
+}
+
+fn loading<R>(load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> R) -> R {
     let bar = bar("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}");
-    let engine = loader.load(&mut |done, total| {
+    let result = load(&mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
+        if done >= total {
+            bar.finish_and_clear();
+        }
     });
     bar.finish_and_clear();
+    result
+}
+
+/// [`load`] with the engine's own error.
+pub fn load_engine(loader: &Loader) -> Result<Engine, EngineError> {
+    let engine = loading(|progress| loader.load(progress));
     if let Ok(engine) = &engine {
         engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
     }

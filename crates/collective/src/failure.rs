@@ -23,31 +23,71 @@ const TRANSPORT: u32 = 5;
 pub const OPERATIONS: [&str; 6] =
     ["barrier", "all_reduce", "reduce_scatter", "all_gather", "broadcast", "join"];
 
+/// A failure as numbers and a message, for the memory and for the wire.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    pub kind: u32,
+    pub rank: u32,
+    /// Ranks that did not arrive, one bit a rank.
+    pub missing: u64,
+    /// At most [`MESSAGE_BYTES`].
+    pub message: String,
+}
+
+impl Record {
+    pub fn new(error: &CollectiveError) -> Self {
+        let (kind, rank, missing, mut message) = match error {
+            CollectiveError::RankFailed { rank, message } => (RANK_FAILED, *rank, 0, message.clone()),
+            CollectiveError::Timeout { op, missing, after } => {
+                let bit = |rank: usize| 1u64.checked_shl(rank as u32).unwrap_or(0);
+                let bits = missing.iter().fold(0, |bits, &rank| bits | bit(rank));
+                (TIMEOUT, 0, bits, format!("{} {op}", after.as_millis()))
+            }
+            CollectiveError::Aborted { rank, message } => (ABORTED, *rank, 0, message.clone()),
+            CollectiveError::Mismatch { rank, message } => (MISMATCH, *rank, 0, message.clone()),
+            CollectiveError::Transport { op, message } | CollectiveError::Misuse { op, detail: message } => {
+                (TRANSPORT, 0, 0, format!("{op} {message}"))
+            }
+        };
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES));
+        Self { kind, rank: rank as u32, missing, message }
+    }
+
+    pub fn error(self) -> CollectiveError {
+        let (rank, message) = (self.rank as usize, self.message);
+        match self.kind {
+            RANK_FAILED => CollectiveError::RankFailed { rank, message },
+            TIMEOUT => {
+                let (after, op) = message.split_once(' ').unwrap_or(("0", ""));
+                CollectiveError::Timeout {
+                    op: operation(op),
+                    missing: (0..64).filter(|rank| self.missing >> rank & 1 == 1).collect(),
+                    after: Duration::from_millis(after.parse().unwrap_or(0)),
+                }
+            }
+            ABORTED => CollectiveError::Aborted { rank, message },
+            MISMATCH => CollectiveError::Mismatch { rank, message },
+            _ => {
+                let (op, message) = message.split_once(' ').unwrap_or(("", &message));
+                CollectiveError::Transport { op: operation(op), message: message.into() }
+            }
+        }
+    }
+}
+
 /// Records `error` unless a failure is there already. Whether it was recorded.
 pub fn record(memory: &[AtomicU32], error: &CollectiveError) -> bool {
     let claim = memory[WORD_FAILURE].compare_exchange(0, WRITING, Ordering::AcqRel, Ordering::Acquire);
     if claim.is_err() {
         return false;
     }
-    let (kind, rank, missing, message) = match error {
-        CollectiveError::RankFailed { rank, message } => (RANK_FAILED, *rank, 0, message.clone()),
-        CollectiveError::Timeout { op, missing, after } => {
-            let bits =
-                missing.iter().fold(0u64, |bits, &rank| bits | 1u64.checked_shl(rank as u32).unwrap_or(0));
-            (TIMEOUT, 0, bits, format!("{} {op}", after.as_millis()))
-        }
-        CollectiveError::Aborted { rank, message } => (ABORTED, *rank, 0, message.clone()),
-        CollectiveError::Mismatch { rank, message } => (MISMATCH, *rank, 0, message.clone()),
-        CollectiveError::Transport { op, message } | CollectiveError::Misuse { op, detail: message } => {
-            (TRANSPORT, 0, 0, format!("{op} {message}"))
-        }
-    };
+    let record = Record::new(error);
     let store = |word: usize, value: u32| memory[word].store(value, Ordering::Relaxed);
-    store(WORD_FAILURE_KIND, kind);
-    store(WORD_FAILURE_RANK, rank as u32);
-    store(WORD_FAILURE_MISSING, missing as u32);
-    store(WORD_FAILURE_MISSING + 1, (missing >> 32) as u32);
-    let bytes = &message.as_bytes()[..message.floor_char_boundary(MESSAGE_BYTES)];
+    store(WORD_FAILURE_KIND, record.kind);
+    store(WORD_FAILURE_RANK, record.rank);
+    store(WORD_FAILURE_MISSING, record.missing as u32);
+    store(WORD_FAILURE_MISSING + 1, (record.missing >> 32) as u32);
+    let bytes = record.message.as_bytes();
     store(WORD_FAILURE_BYTES, bytes.len() as u32);
     for (word, part) in memory[WORD_FAILURE_MESSAGE..].iter().zip(bytes.chunks(4)) {
         let mut quad = [0; 4];
@@ -77,27 +117,9 @@ pub fn recorded(memory: &[AtomicU32]) -> Option<CollectiveError> {
     let mut bytes: Vec<u8> =
         (0..length.div_ceil(4)).flat_map(|i| load(WORD_FAILURE_MESSAGE + i).to_le_bytes()).collect();
     bytes.truncate(length);
+    let missing = u64::from(load(WORD_FAILURE_MISSING)) | u64::from(load(WORD_FAILURE_MISSING + 1)) << 32;
     let message = String::from_utf8_lossy(&bytes).into_owned();
-    let rank = load(WORD_FAILURE_RANK) as usize;
-    Some(match load(WORD_FAILURE_KIND) {
-        RANK_FAILED => CollectiveError::RankFailed { rank, message },
-        TIMEOUT => {
-            let bits =
-                u64::from(load(WORD_FAILURE_MISSING)) | u64::from(load(WORD_FAILURE_MISSING + 1)) << 32;
-            let (after, op) = message.split_once(' ').unwrap_or(("0", ""));
-            CollectiveError::Timeout {
-                op: operation(op),
-                missing: (0..64).filter(|rank| bits >> rank & 1 == 1).collect(),
-                after: Duration::from_millis(after.parse().unwrap_or(0)),
-            }
-        }
-        ABORTED => CollectiveError::Aborted { rank, message },
-        MISMATCH => CollectiveError::Mismatch { rank, message },
-        _ => {
-            let (op, message) = message.split_once(' ').unwrap_or(("", &message));
-            CollectiveError::Transport { op: operation(op), message: message.into() }
-        }
-    })
+    Some(Record { kind: load(WORD_FAILURE_KIND), rank: load(WORD_FAILURE_RANK), missing, message }.error())
 }
 
 fn operation(name: &str) -> &'static str {

@@ -18,7 +18,8 @@ pub const LEFT: u32 = 2;
 /// How a group works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Longest time a call waits for the other ranks: the step deadline.
+    /// Longest time a call waits for the other ranks. [`Duration::MAX`] is without end: a watchdog, which sees progress through
+    /// a [`crate::Pulse`], aborts instead.
     pub timeout: Duration,
     /// Bytes of a slot; longer messages take several exchanges. The memory of a group is `2 * world_size` slots.
     pub slot_bytes: usize,
@@ -37,20 +38,44 @@ impl Options {
     }
 }
 
-/// Whether another rank still runs, as far as the system knows.
-pub trait Liveness: Send + Sync {
+/// What a rank knows of the others beside the memory, and what it tells those that do not see its memory.
+pub trait Peers: Send + Sync {
     /// What is known of the end of `rank`, if it has ended.
-    fn ended(&self, rank: usize) -> Option<String>;
-}
-
-/// Ranks whose end shows in the memory: threads.
-#[derive(Debug)]
-pub struct Unwatched;
-
-impl Liveness for Unwatched {
-    fn ended(&self, _: usize) -> Option<String> {
+    fn ended(&self, rank: usize) -> Option<String> {
+        let _ = rank;
         None
     }
+
+    /// This rank has published an exchange.
+    fn published(&self, exchange: &Exchange<'_>) {
+        let _ = exchange;
+    }
+
+    /// This rank has recorded the group's first failure.
+    fn failed(&self, error: &CollectiveError) {
+        let _ = error;
+    }
+
+    /// This rank has left the group.
+    fn left(&self, rank: usize) {
+        let _ = rank;
+    }
+}
+
+/// Ranks that all see one memory, and whose end shows in it: threads.
+#[derive(Debug)]
+pub struct InMemory;
+
+impl Peers for InMemory {}
+
+/// What a rank publishes in one exchange.
+pub struct Exchange<'a> {
+    pub rank: usize,
+    pub number: u32,
+    /// Description of the call.
+    pub call: [u32; CALL_WORDS],
+    /// The part of its slot that it has written.
+    pub words: &'a [AtomicU32],
 }
 
 /// What one call looks like to the other ranks.
@@ -95,25 +120,46 @@ fn describe(words: [u32; CALL_WORDS]) -> String {
     }
 }
 
+/// Records the first failure of a group and wakes its ranks. Whether it is the first.
+pub fn end(memory: &[AtomicU32], layout: Layout, error: &CollectiveError) -> bool {
+    let first = record(memory, error);
+    if first {
+        for rank in 0..layout.world_size {
+            wake(&memory[layout.control(rank) + CONTROL_ARRIVED]);
+        }
+    }
+    first
+}
+
+/// Marks a rank as gone.
+pub fn leave(memory: &[AtomicU32], layout: Layout, rank: usize) {
+    memory[layout.control(rank) + CONTROL_STATE].store(LEFT, Ordering::SeqCst);
+    wake(&memory[layout.control(rank) + CONTROL_ARRIVED]);
+}
+
 /// A rank of a group over `memory`.
-pub struct Group<M: AsRef<[AtomicU32]>, L: Liveness> {
+pub struct Group<M: AsRef<[AtomicU32]>, P: Peers> {
     memory: M,
     layout: Layout,
     rank: usize,
     timeout: Duration,
-    peers: L,
+    peers: P,
     /// Number of the last exchange; a call holds it to the end.
     position: Mutex<u32>,
 }
 
-impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
+impl<M: AsRef<[AtomicU32]>, P: Peers> Group<M, P> {
     /// Rank `rank`, which has joined, of the group whose initialised memory is `memory`, at least `layout.words()` long.
-    pub fn new(memory: M, layout: Layout, rank: usize, timeout: Duration, peers: L) -> Self {
+    pub fn new(memory: M, layout: Layout, rank: usize, timeout: Duration, peers: P) -> Self {
         Self { memory, layout, rank, timeout, peers, position: Mutex::new(0) }
     }
 
     pub fn rank(&self) -> usize {
         self.rank
+    }
+
+    pub fn memory(&self) -> (&M, Layout) {
+        (&self.memory, self.layout)
     }
 
     pub fn world_size(&self) -> usize {
@@ -134,20 +180,18 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
     }
 
     /// Starts a call: one at a time, and only while the group stands.
-    pub fn begin(&self, call: Call) -> Result<Exchanges<'_, M, L>> {
+    pub fn begin(&self, call: Call) -> Result<Exchanges<'_, M, P>> {
         let position = self.position.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = recorded(self.words()) {
             return Err(error);
         }
-        Ok(Exchanges { group: self, call, position, deadline: Instant::now() + self.timeout })
+        Ok(Exchanges { group: self, call, position, deadline: Instant::now().checked_add(self.timeout) })
     }
 
     /// Ends the group with `error`, unless it has ended. Returns what it ended with.
     pub fn fail(&self, error: CollectiveError) -> CollectiveError {
-        if record(self.words(), &error) {
-            for rank in 0..self.world_size() {
-                wake(self.control(rank, CONTROL_ARRIVED));
-            }
+        if end(self.words(), self.layout, &error) {
+            self.peers.failed(&error);
             return error;
         }
         recorded(self.words()).unwrap_or(error)
@@ -179,7 +223,7 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
     }
 
     /// Waits until every rank has published exchange `number`.
-    fn wait_for_all(&self, op: &'static str, number: u32, deadline: Instant) -> Result<()> {
+    fn wait_for_all(&self, op: &'static str, number: u32, deadline: Option<Instant>) -> Result<()> {
         const NAP: Duration = Duration::from_millis(10);
         let arrived = |rank: usize| {
             let seen = self.control(rank, CONTROL_ARRIVED).load(Ordering::SeqCst);
@@ -203,7 +247,7 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
                     {
                         return Err(self.fail(CollectiveError::RankFailed { rank: gone, message }));
                     }
-                    if Instant::now() >= deadline {
+                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                         let missing: Vec<usize> =
                             (0..self.world_size()).filter(|&rank| !arrived(rank).1).collect();
                         if missing.is_empty() {
@@ -221,25 +265,25 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
     }
 }
 
-impl<M: AsRef<[AtomicU32]>, L: Liveness> Drop for Group<M, L> {
+impl<M: AsRef<[AtomicU32]>, P: Peers> Drop for Group<M, P> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.fail(CollectiveError::RankFailed { rank: self.rank, message: "its thread panicked".into() });
         }
-        self.control(self.rank, CONTROL_STATE).store(LEFT, Ordering::SeqCst);
-        wake(self.control(self.rank, CONTROL_ARRIVED));
+        leave(self.words(), self.layout, self.rank);
+        self.peers.left(self.rank);
     }
 }
 
 /// The exchanges of one call.
-pub struct Exchanges<'a, M: AsRef<[AtomicU32]>, L: Liveness> {
-    group: &'a Group<M, L>,
+pub struct Exchanges<'a, M: AsRef<[AtomicU32]>, P: Peers> {
+    group: &'a Group<M, P>,
     call: Call,
     position: MutexGuard<'a, u32>,
-    deadline: Instant,
+    deadline: Option<Instant>,
 }
 
-impl<M: AsRef<[AtomicU32]>, L: Liveness> Exchanges<'_, M, L> {
+impl<M: AsRef<[AtomicU32]>, P: Peers> Exchanges<'_, M, P> {
     fn slot(&self, rank: usize, number: u32) -> &[AtomicU32] {
         let at = self.group.layout.slot_at(rank, (number % 2) as usize);
         &self.group.words()[at..at + self.group.layout.slot]
@@ -260,8 +304,8 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Exchanges<'_, M, L> {
         (0..self.group.world_size()).map(|rank| self.incoming(rank))
     }
 
-    /// Publishes the outgoing slot and waits for those of all ranks.
-    pub fn exchange(&mut self) -> Result<()> {
+    /// Publishes the outgoing slot, of which the first `words` are written, and waits for those of all ranks.
+    pub fn exchange(&mut self, words: usize) -> Result<()> {
         let group = self.group;
         let number = self.position.wrapping_add(1);
         let description = self.call.words();
@@ -276,6 +320,12 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Exchanges<'_, M, L> {
             group.control(group.rank, CONTROL_SLEEPERS),
             number,
         );
+        group.peers.published(&Exchange {
+            rank: group.rank,
+            number,
+            call: description,
+            words: self.slot(group.rank, number).get(..words).unwrap_or_default(),
+        });
         *self.position = number;
         group.wait_for_all(self.call.name(), number, self.deadline)?;
         for rank in 0..group.world_size() {

@@ -1,5 +1,6 @@
 //! Collective operations over shared memory: [`Threads`] between the threads of a process, [`Processes`] between processes
-//! of one machine. Both run one protocol over a slice of 32-bit atomics.
+//! of one machine, [`Spanning`] between threads of processes on several machines. All run one protocol over a slice of 32-bit
+//! atomics.
 //!
 //! The protocol is a sequence of **exchanges**. In exchange `s` a rank writes its part into its slot, publishes `s`, waits
 //! until every rank has published `s`, and reads the others' slots. Slots are doubled: exchange `s + 2` writes where `s`
@@ -22,10 +23,14 @@ mod mapping;
 mod operations;
 #[cfg(target_os = "linux")]
 mod processes;
+mod pulse;
+mod spanning;
 mod threads;
 mod wait;
 
 pub use group::Options;
 #[cfg(target_os = "linux")]
 pub use processes::{Processes, Segment, SegmentError, end_with_parent};
+pub use pulse::Pulse;
+pub use spanning::{Link, Mirror, Spanning};
 pub use threads::Threads;

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU32;
 use longhaul_backend::{Collective, CollectiveError, Values, ValuesMut, check_shares};
 
 use crate::element::{Element, load, store, sum};
-use crate::group::{Call, Group, Liveness};
+use crate::group::{Call, Group, Peers};
 
 type Result<T> = std::result::Result<T, CollectiveError>;
 
@@ -23,6 +23,11 @@ const TWO_SHOT_FROM: usize = 4096;
 /// Parts of `0..length` of `step` elements; one empty part when there is nothing, so that ranks still meet.
 fn parts(length: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
     (0..length.div_ceil(step).max(1)).map(move |i| i * step..length.min((i + 1) * step))
+}
+
+/// Words that `length` elements take.
+fn words<E: Element>(length: usize) -> usize {
+    length.div_ceil(E::PER_WORD)
 }
 
 /// Part `rank` of `world_size` equal parts of `length` elements, cut at multiples of 16.
@@ -48,7 +53,7 @@ fn hash(counts: &[usize]) -> u32 {
         .fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
+impl<M: AsRef<[AtomicU32]>, P: Peers> Group<M, P> {
     fn all_reduce_of<E: Element>(&self, values: &mut [E]) -> Result<()> {
         let call =
             Call { operation: ALL_REDUCE, element: E::CODE, root: 0, elements: values.len(), counts_hash: 0 };
@@ -56,7 +61,7 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
         for part in parts(values.len(), self.slot_elements(E::PER_WORD)) {
             let values = &mut values[part];
             store(exchanges.outgoing(), values);
-            exchanges.exchange()?;
+            exchanges.exchange(words::<E>(values.len()))?;
             if values.len() < TWO_SHOT_FROM || self.world_size() == 1 {
                 sum(exchanges.all_incoming(), 0, values);
                 continue;
@@ -67,7 +72,7 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
             let mut sums = vec![E::default(); own.len()];
             sum(exchanges.all_incoming(), own.start, &mut sums);
             store(exchanges.outgoing(), &sums);
-            exchanges.exchange()?;
+            exchanges.exchange(words::<E>(sums.len()))?;
             for rank in 0..self.world_size() {
                 let range = share(rank);
                 load(exchanges.incoming(rank), 0, &mut values[range]);
@@ -88,7 +93,7 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
         let mut exchanges = self.begin(call)?;
         for part in parts(input.len(), self.slot_elements(E::PER_WORD)) {
             store(exchanges.outgoing(), &input[part.clone()]);
-            exchanges.exchange()?;
+            exchanges.exchange(words::<E>(part.len()))?;
             let (start, end) = (own.start.max(part.start), own.end.min(part.end));
             if start < end {
                 sum(
@@ -113,8 +118,9 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
         let mut exchanges = self.begin(call)?;
         for part in parts(longest, self.slot_elements(E::PER_WORD)) {
             let cut = |length: usize| part.start.min(length)..part.end.min(length);
-            store(exchanges.outgoing(), &input[cut(input.len())]);
-            exchanges.exchange()?;
+            let own = &input[cut(input.len())];
+            store(exchanges.outgoing(), own);
+            exchanges.exchange(words::<E>(own.len()))?;
             for (rank, whole) in share_ranges(counts).enumerate() {
                 let part = cut(whole.len());
                 load(
@@ -137,10 +143,9 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
         let mut exchanges = self.begin(call)?;
         for part in parts(values.len(), self.slot_elements(E::PER_WORD)) {
             let values = &mut values[part];
-            if self.rank() == root {
-                store(exchanges.outgoing(), values);
-            }
-            exchanges.exchange()?;
+            let own = if self.rank() == root { &*values } else { &[] };
+            store(exchanges.outgoing(), own);
+            exchanges.exchange(words::<E>(own.len()))?;
             if self.rank() != root {
                 load(exchanges.incoming(root), 0, values);
             }
@@ -154,7 +159,7 @@ impl<M: AsRef<[AtomicU32]>, L: Liveness> Group<M, L> {
     }
 }
 
-impl<M: AsRef<[AtomicU32]> + Send + Sync, L: Liveness> Collective for Group<M, L> {
+impl<M: AsRef<[AtomicU32]> + Send + Sync, P: Peers> Collective for Group<M, P> {
     fn rank(&self) -> usize {
         Group::rank(self)
     }
@@ -207,7 +212,7 @@ impl<M: AsRef<[AtomicU32]> + Send + Sync, L: Liveness> Collective for Group<M, L
 
     fn barrier(&self) -> Result<()> {
         let call = Call { operation: BARRIER, element: 0, root: 0, elements: 0, counts_hash: 0 };
-        self.begin(call)?.exchange()
+        self.begin(call)?.exchange(0)
     }
 
     fn check(&self) -> Result<()> {

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, set_parent_process_death_signal};
 
-use crate::group::{Group, JOINED, Liveness, Options};
+use crate::group::{Group, JOINED, Options, Peers};
 use crate::layout::{
     CONTROL_PROCESS, CONTROL_STATE, Layout, MAGIC, MAX_WORLD_SIZE, WORD_MAGIC, WORD_SLOT, WORD_WORLD,
 };
@@ -97,7 +97,7 @@ impl Segment {
 /// The other processes, watched through their pidfds: an end shows at once, also of a process nobody has waited for.
 struct Watch(Vec<Option<OwnedFd>>);
 
-impl Liveness for Watch {
+impl Peers for Watch {
     fn ended(&self, rank: usize) -> Option<String> {
         let process = self.0.get(rank)?.as_ref()?;
         let mut polled = [PollFd::new(process, PollFlags::IN)];

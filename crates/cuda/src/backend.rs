@@ -4,17 +4,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use longhaul_backend::{
     Backend, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables, Sampled,
-    SamplingRow, StepInputs,
+    SamplingRow, StepInputs, Widths,
 };
 
 use crate::arena::Arena;
 use crate::context::{Context, Variant};
 use crate::driver::{Driver, Element, GraphId, Memory};
+use crate::group::Group;
 use crate::kv::KvCache;
 use crate::ops::{self, attention, embedding, gemm, moe, norm, rope, sampling};
 use crate::padded_cols;
 use crate::rope::Rope;
-use crate::sizes::{Limits, Sizes};
+use crate::sizes::{Limits, arena_bytes};
 use crate::step::Step;
 use crate::tensor::Tensor;
 use crate::weights::{Experts, Matrix, Vector};
@@ -31,6 +32,7 @@ pub struct Cuda {
     logits: Tensor,
     /// The step of a recording, uploaded before it began.
     prepared: Mutex<Option<Step>>,
+    group: Group,
 }
 
 /// What [`Cuda::new`] takes from the driver, bytes.
@@ -46,16 +48,16 @@ pub struct StepBytes {
 
 impl Cuda {
     /// What [`Cuda::new`] will take.
-    pub fn step_bytes(sizes: &Sizes, limits: &Limits, element: Element, driver: &dyn Driver) -> StepBytes {
+    pub fn step_bytes(widths: &Widths, limits: &Limits, element: Element, driver: &dyn Driver) -> StepBytes {
         let step = Step::capacity_bytes(limits.rows, limits.sequences, limits.blocks);
         StepBytes {
-            arena: sizes.arena_bytes(limits, element, driver),
+            arena: arena_bytes(widths, limits, element, driver),
             inputs: STEP_BUFFERS * step + Context::COUNTERS * 4,
-            logits: logits_bytes(sizes, limits) + driver.red_zone_bytes() + 256,
+            logits: logits_bytes(widths, limits) + driver.red_zone_bytes() + 256,
         }
     }
 
-    /// Takes the memory of steps within `limits` of a model of `sizes`.
+    /// Takes the memory of steps within `limits` of a model of these widths.
     ///
     /// # Errors
     /// No memory.
@@ -63,20 +65,34 @@ impl Cuda {
         driver: Arc<dyn Driver>,
         variant: Variant,
         element: Element,
-        sizes: &Sizes,
+        widths: &Widths,
         limits: Limits,
     ) -> crate::Result<Self> {
-        let bytes = Self::step_bytes(sizes, &limits, element, &*driver);
+        let bytes = Self::step_bytes(widths, &limits, element, &*driver);
         let arena = Arena::new(&driver, bytes.arena)?;
         let step_bytes = Step::capacity_bytes(limits.rows, limits.sequences, limits.blocks);
         let step_memory = (0..STEP_BUFFERS)
             .map(|_| Memory::new(&driver, step_bytes, "step inputs").map(Arc::new))
             .collect::<crate::Result<_>>()?;
         let outputs = Arena::new(&driver, bytes.logits)?;
-        let range = outputs.take(logits_bytes(sizes, &limits), "logits")?;
-        let logits = Tensor::new(range, limits.logit_rows, sizes.vocab, Element::F32);
+        let range = outputs.take(logits_bytes(widths, &limits), "logits")?;
+        let logits = Tensor::new(range, limits.logit_rows, widths.vocabulary, Element::F32);
         let ctx = Context::new(driver, arena, variant, element)?;
-        Ok(Self { ctx, limits, step_memory, logits, prepared: Mutex::new(None) })
+        Ok(Self { ctx, limits, step_memory, logits, prepared: Mutex::new(None), group: Group::single() })
+    }
+
+    /// As a rank of `group`, which it joins: on the rank's own thread, before anything else.
+    ///
+    /// # Errors
+    /// Those of [`Group::join`].
+    pub fn in_group(self, group: Group) -> crate::Result<Self> {
+        group.join(&*self.ctx.driver)?;
+        Ok(Self { group, ..self })
+    }
+
+    /// The rank's place in its group.
+    pub fn group(&self) -> &Group {
+        &self.group
     }
 
     /// Driver, arena and kernel choice.
@@ -122,6 +138,21 @@ impl Cuda {
         }
     }
 
+    /// Gives a recording back.
+    pub fn drop_graph(&self, graph: GraphId) {
+        self.ctx.driver.drop_graph(graph);
+    }
+
+    /// Whether every rank of the group says yes. All must ask.
+    ///
+    /// # Errors
+    /// A rank that failed.
+    pub fn all_agree(&self, yes: bool) -> Result<bool> {
+        let mut votes = [i32::from(yes)];
+        self.group.collective().all_reduce(votes.as_mut_slice().into())?;
+        Ok(votes[0] as usize == self.group.world_size())
+    }
+
     /// Runs a recording on the step that was last prepared.
     ///
     /// # Errors
@@ -141,6 +172,18 @@ impl Cuda {
     }
 
     fn upload(&self, inputs: StepInputs, kv: &KvCache) -> Result<Step> {
+        self.check(&inputs, kv)?;
+        // The first free buffer: equal sequences of steps get equal addresses.
+        let free = self.step_memory.iter().find(|memory| Arc::strong_count(memory) == 1);
+        let memory = free.ok_or_else(|| Error::Step("more than two steps are alive at once".into()))?;
+        Ok(Step::upload(&self.ctx.driver, memory.clone(), inputs)?)
+    }
+
+    /// Whether a step can run, before anything of it does.
+    ///
+    /// # Errors
+    /// [`Error::Step`]: it contradicts itself or the pool, or is larger than [`Cuda::limits`].
+    pub fn check(&self, inputs: &StepInputs, kv: &KvCache) -> Result<()> {
         inputs.check(kv.layout())?;
         let blocks: usize = inputs.sequences.iter().map(|s| s.block_table.len()).sum();
         let holds = Limits {
@@ -149,13 +192,10 @@ impl Cuda {
             blocks,
             logit_rows: inputs.logit_rows.len(),
         };
-        if let Some(excess) = self.limits.exceeded_by(&holds) {
-            return Err(Error::Step(excess));
+        match self.limits.exceeded_by(&holds) {
+            Some(excess) => Err(Error::Step(excess)),
+            None => Ok(()),
         }
-        // The first free buffer: equal sequences of steps get equal addresses.
-        let free = self.step_memory.iter().find(|memory| Arc::strong_count(memory) == 1);
-        let memory = free.ok_or_else(|| Error::Step("more than two steps are alive at once".into()))?;
-        Ok(Step::upload(&self.ctx.driver, memory.clone(), inputs)?)
     }
 }
 
@@ -192,7 +232,10 @@ impl Backend for Cuda {
             };
             all.set(driver, index, &expert.gate, &expert.up, &expert.down)?;
         }
-        experts.ok_or_else(|| Error::shape("experts", "a mixture of no experts"))
+        match experts {
+            Some(experts) => Ok(experts),
+            None => Ok(Experts::new(&self.ctx.driver, 0, 0, 0, self.ctx.element)?),
+        }
     }
 
     fn rope(&self, tables: RopeTables) -> Result<Rope> {
@@ -225,10 +268,7 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, table: &Matrix, first_id: usize, vocab_size: usize, step: &Step) -> Result<Tensor> {
-        if first_id != 0 || table.rows != vocab_size {
-            return Err(Error::shape("embed", "a part of the vocabulary; this device holds it whole"));
-        }
-        Ok(embedding::embed(&self.ctx, table, step)?)
+        Ok(embedding::embed_slice(&self.ctx, table, first_id, vocab_size, step)?)
     }
 
     fn add_rms_norm(
@@ -271,9 +311,15 @@ impl Backend for Cuda {
 
     fn moe(&self, x: &Tensor, weights: &MoeWeights<Self>) -> Result<Tensor> {
         let ctx = &self.ctx;
-        let scores = gemm::linear(ctx, x, &weights.router, None, Element::F32)?;
-        let routing = moe::route(ctx, &scores, weights.top_k, weights.norm_topk_prob)?;
-        let routed = moe::experts(ctx, x, &routing, &weights.experts)?;
+        let (routing, routed) = if weights.experts.is_empty() {
+            (moe::Routing::none(ctx, x.rows)?, ctx.tensor("moe", 0, x.cols, Element::F32)?)
+        } else {
+            let scores = gemm::linear(ctx, x, &weights.router, None, Element::F32)?;
+            let ours = weights.first_expert..weights.first_expert + weights.experts.count;
+            let routing = moe::route_to(ctx, &scores, weights.top_k, weights.norm_topk_prob, ours)?;
+            let routed = moe::experts(ctx, x, &routing, &weights.experts)?;
+            (routing, routed)
+        };
         let shared = match &weights.shared {
             Some(shared) => {
                 let gated = gemm::linear_silu_and_mul(ctx, x, &shared.gate_up)?;
@@ -301,14 +347,21 @@ impl Backend for Cuda {
     }
 
     fn all_reduce(&self, x: Tensor) -> Result<Tensor> {
-        Ok(x)
+        Ok(self.group.all_reduce(&self.ctx, x)?)
+    }
+
+    fn all_reduce_add_rms_norm(
+        &self,
+        x: Tensor,
+        residual: Option<Tensor>,
+        weight: &Vector,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        Ok(self.group.all_reduce_add_rms_norm(&self.ctx, x, residual.as_ref(), weight, eps)?)
     }
 
     fn all_gather(&self, x: Tensor, shares: &[usize]) -> Result<Tensor> {
-        if *shares != [x.cols] {
-            return Err(Error::shape("all_gather", "this device is a rank of its own"));
-        }
-        Ok(x)
+        Ok(self.group.all_gather(&self.ctx, x, shares)?)
     }
 
     fn logit_rows(&self, x: &Tensor, step: &Step) -> Result<Tensor> {
@@ -316,16 +369,21 @@ impl Backend for Cuda {
     }
 
     fn to_host(&self, x: &Tensor) -> Result<Vec<f32>> {
-        Ok(self.ctx.tensor_to_f32(x)?)
+        let values = self.ctx.tensor_to_f32(x);
+        // What a group gave up on is wrong, and says why.
+        self.group.check(&self.ctx)?;
+        Ok(values?)
     }
 
     fn sample(&self, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        sampling::sample(&self.ctx, logits, rows)
+        let sampled = sampling::sample(&self.ctx, logits, rows);
+        self.group.check(&self.ctx)?;
+        sampled
     }
 }
 
-fn logits_bytes(sizes: &Sizes, limits: &Limits) -> usize {
-    limits.logit_rows * padded_cols(sizes.vocab, Element::F32) * 4
+fn logits_bytes(widths: &Widths, limits: &Limits) -> usize {
+    limits.logit_rows * padded_cols(widths.vocabulary, Element::F32) * 4
 }
 
 /// What the device is and how it computes, for reports.

@@ -31,6 +31,10 @@ pub struct KvParams {
     pub head_dim: u32,
     /// Tokens of a block.
     pub block_size: u32,
+    /// Query heads of a KV head, at most.
+    pub group: u32,
+    /// Query heads of the first group that other ranks hold.
+    pub skipped: u32,
 }
 
 /// The pool of all layers.
@@ -70,9 +74,8 @@ impl KvCache {
         element: Element,
         scales: Option<&[f32]>,
     ) -> Result<Self> {
-        if layout.groups != HeadGroups::Even {
-            let detail = format!("{layout:?}: the kernels take KV groups of one size");
-            return Err(CudaError::shape("kv_cache", detail));
+        if !layout.is_consistent() {
+            return Err(CudaError::shape("kv_cache", format!("{layout:?}: query heads without a KV head")));
         }
         if let Some(scales) = scales
             && scales.len() != layout.layers * 2 * layout.kv_heads
@@ -135,6 +138,11 @@ impl KvCache {
             kv_heads: l.kv_heads as u32,
             head_dim: l.head_dim as u32,
             block_size: l.block_size as u32,
+            group: l.group() as u32,
+            skipped: match l.groups {
+                HeadGroups::Even => 0,
+                HeadGroups::Cut { skipped, .. } => skipped as u32,
+            },
         }
     }
 }

@@ -10,6 +10,7 @@ pub mod conformance;
 pub mod context;
 pub mod driver;
 mod error;
+pub mod group;
 pub mod kv;
 pub mod ops;
 pub mod rope;
@@ -21,7 +22,7 @@ pub mod weights;
 pub use backend::{Cuda, StepBytes, describe};
 pub use context::{Context, Kernel, KernelInfo, Variant};
 pub use error::{CudaError, Result};
-pub use sizes::{Limits, Sizes};
+pub use sizes::Limits;
 pub use tensor::{Tensor, padded_cols};
 pub use weights::matrix_bytes;
 

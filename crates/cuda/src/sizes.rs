@@ -1,29 +1,10 @@
 //! How much memory a step takes, from the model's widths: everything is taken at start.
 
+use longhaul_backend::Widths;
+
 use crate::driver::{Driver, Element};
 use crate::ops::{attention, sampling};
 use crate::tensor::padded_cols;
-
-/// Widths of the model on this rank, in elements.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Sizes {
-    /// Residual stream.
-    pub hidden: usize,
-    /// q, k and v together.
-    pub qkv: usize,
-    /// q alone.
-    pub query: usize,
-    /// Columns of the dense MLP, or of the shared expert.
-    pub intermediate: usize,
-    /// Columns of one expert; 0 without experts.
-    pub expert_intermediate: usize,
-    /// Experts.
-    pub experts: usize,
-    /// Experts a token visits.
-    pub top_k: usize,
-    /// Rows of the output embedding.
-    pub vocab: usize,
-}
 
 /// What one step may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,29 +37,29 @@ impl Limits {
 /// Partial sums and work lists of split products: at most this, whatever the model.
 const SCRATCH_BYTES: usize = 48 << 20;
 
-impl Sizes {
-    /// Bytes of the step arena: the tensors of a layer that are alive at once, and the sampler's.
-    pub fn arena_bytes(&self, limits: &Limits, element: Element, driver: &dyn Driver) -> usize {
-        let red_zone = driver.red_zone_bytes() + 256;
-        let tensor =
-            |rows: usize, cols: usize, e: Element| rows * padded_cols(cols, e) * e.size() + 256 + red_zone;
-        let rows = limits.rows;
-        let act = |cols: usize| tensor(rows, cols, element);
-        let stream = tensor(rows, self.hidden, Element::F32) + 2 * act(self.hidden);
-        let to_residual = tensor(rows, self.hidden, Element::F32);
-        // Partial results of every split of every sequence; a head's two sums are less than a sixteenth of its values.
-        let splits = limits.sequences * attention::MOST_SPLITS * (self.query + self.query / 16) * 4;
-        let attention = act(self.qkv) + 2 * act(self.query) + to_residual + splits;
-        let dense = act(2 * self.intermediate) + act(self.intermediate) + 2 * to_residual;
-        let slots = rows * self.top_k;
-        let routed = tensor(slots, self.expert_intermediate, element)
-            + tensor(slots, self.hidden, Element::F32)
-            + tensor(rows, 2 * self.experts, Element::F32)
-            + 8 * tensor(slots, 1, Element::U32);
-        let sampler = tensor(limits.logit_rows, self.vocab, Element::F32)
-            + sampling::scratch_bytes(limits.logit_rows, self.vocab);
-        stream + attention.max(dense + routed).max(sampler) + SCRATCH_BYTES
-    }
+/// Bytes of the step arena: the tensors of a layer that are alive at once, and the sampler's.
+pub(crate) fn arena_bytes(widths: &Widths, limits: &Limits, element: Element, driver: &dyn Driver) -> usize {
+    let red_zone = driver.red_zone_bytes() + 256;
+    let tensor =
+        |rows: usize, cols: usize, e: Element| rows * padded_cols(cols, e) * e.size() + 256 + red_zone;
+    let rows = limits.rows;
+    let act = |cols: usize| tensor(rows, cols, element);
+    let stream = tensor(rows, widths.hidden, Element::F32) + 2 * act(widths.hidden);
+    let to_residual = tensor(rows, widths.hidden, Element::F32);
+    // Partial results of every split of every sequence; a head's two sums are less than a sixteenth of its values.
+    let splits =
+        limits.sequences * attention::MOST_SPLITS * (widths.whole_groups + widths.whole_groups / 16) * 4;
+    let attention = act(widths.qkv) + 2 * act(widths.query) + to_residual + splits;
+    let dense = act(2 * widths.intermediate) + act(widths.intermediate) + 2 * to_residual;
+    let slots = rows * widths.top_k;
+    let routed = tensor(slots, widths.expert_intermediate, element)
+        + tensor(slots, widths.hidden, Element::F32)
+        + tensor(rows, 2 * widths.experts, Element::F32)
+        + 8 * tensor(slots, 1, Element::U32);
+    // Logits that were gathered from all ranks, and a working copy.
+    let sampler = 2 * tensor(limits.logit_rows, widths.whole_vocabulary, Element::F32)
+        + sampling::scratch_bytes(limits.logit_rows, widths.whole_vocabulary);
+    stream + attention.max(dense + routed).max(sampler) + SCRATCH_BYTES
 }
 
 #[cfg(test)]

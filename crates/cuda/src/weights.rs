@@ -108,7 +108,7 @@ impl Vector {
     }
 }
 
-/// All experts of a layer: gate and up stacked `[experts, 2 * intermediate, hidden]`, down `[experts, hidden, intermediate]`.
+/// The experts of a layer that this rank holds: gate and up stacked `[experts, 2 * intermediate, hidden]`, down `[experts, hidden, intermediate]`.
 #[derive(Debug)]
 pub struct Experts {
     memory: Memory,
@@ -143,6 +143,11 @@ impl Experts {
         let per_expert = 2 * intermediate * gate_up_stride + hidden * down_stride;
         let memory = Memory::new(driver, count * per_expert * element.size(), "experts")?;
         Ok(Self { memory, count, intermediate, hidden, gate_up_stride, down_stride, element })
+    }
+
+    /// Whether there is nothing to compute: no expert, or no column of any.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0 || self.intermediate == 0
     }
 
     /// Moves expert `index` to its place.

@@ -5,7 +5,7 @@ mod common;
 mod paged;
 
 use common::{context, relative_error, schedules};
-use longhaul_backend::{Chunking, DType, RopeTables, SequenceInputs, StepInputs};
+use longhaul_backend::{Chunking, DType, HeadGroups, RopeTables, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::ops::attention::attention;
@@ -81,6 +81,24 @@ fn prefill_matches_float64_with_dual_chunks() {
         let head_dim = if index % 2 == 0 { 64 } else { 128 };
         let s = Shape { chunking, ..shape(2, 1, head_dim, &[(100, 100), (70, 161), (2, 33), (1, 97)]) };
         check(options, Variant::Auto, Element::Bf16, &s);
+    }
+}
+
+/// A rank's heads may begin and end inside a group: of groups of 7, the last 3 of one, a whole one, the first 2 of another.
+#[test]
+fn cut_groups_match_float64() {
+    let cut = |query_heads, kv_heads, size, skipped, head_dim, sequences: &[(usize, usize)]| Shape {
+        groups: HeadGroups::Cut { size, skipped },
+        ..shape(query_heads, kv_heads, head_dim, sequences)
+    };
+    // Prefill tiles, decode with and without splits, in the mma kernels.
+    let sequences = [(40, 40), (1, 300), (1, 17), (9, 73)];
+    for (options, head_dim) in schedules().into_iter().step_by(2).zip([64, 128].into_iter().cycle()) {
+        check(options, Variant::Auto, Element::Bf16, &cut(12, 3, 7, 4, head_dim, &sequences));
+        check(options, Variant::Auto, Element::Bf16, &cut(4, 2, 3, 2, head_dim, &sequences));
+    }
+    for element in [Element::F32, Element::Bf16] {
+        check(EmulatedOptions::default(), Variant::Plain, element, &cut(5, 3, 3, 2, 16, &sequences));
     }
 }
 

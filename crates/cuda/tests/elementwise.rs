@@ -8,7 +8,7 @@ use common::{Random, context, relative_error, schedules, tolerance};
 use longhaul_backend::{HostTensor, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Element, EmulatedOptions, Memory};
 use longhaul_cuda::ops::activation::silu_and_mul;
-use longhaul_cuda::ops::embedding::{embed, gather_logit_rows};
+use longhaul_cuda::ops::embedding::{embed, embed_slice, gather_logit_rows};
 use longhaul_cuda::step::Step;
 use longhaul_cuda::weights::Matrix;
 use longhaul_cuda::{Context, CudaError, Variant};
@@ -47,6 +47,32 @@ fn gathers_copy_exactly() {
             assert_eq!(ctx.tensor_to_f32(&wanted).unwrap(), expected);
         }
     }
+}
+
+/// The slices of all ranks, empty ones included, add up to the whole table's rows.
+#[test]
+fn slices_of_the_vocabulary_add_up() {
+    let ctx = context(EmulatedOptions::default(), Variant::Auto, Element::F32);
+    let (vocab, hidden) = (50, 36);
+    let table = Random(5).values(vocab * hidden);
+    let ids = vec![0, 15, 16, 17, 31, 32, 49];
+    let step = step(&ctx, ids.clone(), vec![]);
+    let mut sum = vec![0.0; ids.len() * hidden];
+    for (first, end) in [(0, 16), (16, 16), (16, 32), (32, 50)] {
+        let part = &table[first * hidden..end * hidden];
+        let host = HostTensor::from_f32(vec![end - first, hidden], part).unwrap();
+        let matrix = Matrix::new(&ctx.driver, &[host], Element::F32).unwrap();
+        let rows = ctx.tensor_to_f32(&embed_slice(&ctx, &matrix, first, vocab, &step).unwrap()).unwrap();
+        for (row, id) in rows.chunks_exact(hidden).zip(&ids) {
+            let ours = (first..end).contains(&(*id as usize));
+            assert!(ours || row.iter().all(|value| value.to_bits() == 0), "id {id} in {first}..{end}");
+        }
+        sum.iter_mut().zip(rows).for_each(|(sum, value)| *sum += value);
+        assert!(embed_slice(&ctx, &matrix, vocab + 1, vocab, &step).is_err());
+    }
+    let expected: Vec<f32> =
+        ids.iter().flat_map(|&id| table[id as usize * hidden..][..hidden].to_vec()).collect();
+    assert_eq!(sum, expected);
 }
 
 #[test]

@@ -10,8 +10,8 @@ use longhaul_backend::{Backend, DType, Error, HeadGroups, KvLayout, SequenceInpu
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::ops::kv::{copy_blocks, read_blocks, write_blocks};
-use longhaul_cuda::{Cuda, Limits, Sizes, Variant};
-use longhaul_model::{Model, ModelSpec, PositionProfile};
+use longhaul_cuda::{Cuda, Limits, Variant};
+use longhaul_model::{Model, ModelSpec, PositionProfile, RankShard};
 use longhaul_testkit::{Golden, goldens_dir};
 use longhaul_weights::Checkpoint;
 
@@ -128,21 +128,10 @@ fn load<B: Backend>(backend: B, case: &Path) -> (Model<B>, PositionProfile) {
 fn cuda(case: &Path, options: EmulatedOptions, element: Element) -> Cuda {
     let config = std::fs::read(case.join("config.json")).unwrap();
     let spec = ModelSpec::from_config(&config, "config.json").unwrap();
-    let query = spec.query_heads * spec.head_dim;
-    let moe = spec.moe.as_ref();
-    let sizes = Sizes {
-        hidden: spec.hidden_size,
-        qkv: query + 2 * spec.kv_heads * spec.head_dim,
-        query,
-        intermediate: spec.intermediate_size.max(moe.map_or(0, |m| m.shared_intermediate_size)),
-        expert_intermediate: moe.map_or(0, |m| m.intermediate_size),
-        experts: moe.map_or(0, |m| m.experts),
-        top_k: moe.map_or(0, |m| m.top_k),
-        vocab: spec.vocab_size,
-    };
+    let widths = RankShard::whole(&spec).widths(&spec);
     let limits = Limits { rows: 256, sequences: 4, blocks: 1024, logit_rows: 4 };
     let driver: Arc<dyn Driver> = Arc::new(Emulated::new(options).unwrap());
-    Cuda::new(driver, Variant::Auto, element, &sizes, limits).unwrap()
+    Cuda::new(driver, Variant::Auto, element, &widths, limits).unwrap()
 }
 
 /// A model, its pool, and steps of one sequence given by its blocks.

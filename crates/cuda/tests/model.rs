@@ -5,11 +5,11 @@ mod common;
 use std::path::Path;
 
 use common::{driver, open_choice, schedules};
-use longhaul_backend::{Backend, DType, HeadGroups, KvLayout, SamplingRow, SequenceInputs, StepInputs};
+use longhaul_backend::{Backend, DType, SamplingRow, SequenceInputs, StepInputs};
 use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::kv::KvCache;
-use longhaul_cuda::{Cuda, Limits, Sizes};
-use longhaul_model::{Model, ModelSpec, PositionProfile};
+use longhaul_cuda::{Cuda, Limits};
+use longhaul_model::{Model, ModelSpec, PositionProfile, RankShard};
 use longhaul_testkit::{Golden, golden_cases, goldens_dir};
 use longhaul_weights::Checkpoint;
 
@@ -29,33 +29,14 @@ impl Device {
         let positions = PositionProfile::new(&spec, None, None).unwrap();
         let block_size = positions.block_size();
         let blocks_per_sequence = tokens.div_ceil(block_size);
-        let query = spec.query_heads * spec.head_dim;
-        let moe = spec.moe.as_ref();
-        let sizes = Sizes {
-            hidden: spec.hidden_size,
-            qkv: query + 2 * spec.kv_heads * spec.head_dim,
-            query,
-            intermediate: spec.intermediate_size.max(moe.map_or(0, |m| m.shared_intermediate_size)),
-            expert_intermediate: moe.map_or(0, |m| m.intermediate_size),
-            experts: moe.map_or(0, |m| m.experts),
-            top_k: moe.map_or(0, |m| m.top_k),
-            vocab: spec.vocab_size,
-        };
+        let shard = RankShard::whole(&spec);
         let blocks = sequences * blocks_per_sequence;
         let limits = Limits { rows: tokens.max(64), sequences: 64, blocks: 16 * blocks, logit_rows: 64 };
-        let cuda = Cuda::new(driver(options), open_choice(), element, &sizes, limits).unwrap();
+        let cuda = Cuda::new(driver(options), open_choice(), element, &shard.widths(&spec), limits).unwrap();
         let source = Checkpoint::open(case, &spec.tensors(), &spec.ignorable_tensors()).unwrap();
         let model = Model::load(cuda, &spec, &positions, &source, &mut |_, _| {}).unwrap();
-        let layout = KvLayout {
-            layers: spec.layers,
-            query_heads: spec.query_heads,
-            kv_heads: spec.kv_heads,
-            groups: HeadGroups::Even,
-            head_dim: spec.head_dim,
-            block_size,
-            blocks,
-            dtype: if element == Element::F32 { DType::F32 } else { DType::BF16 },
-        };
+        let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
+        let layout = shard.kv_layout(&spec, block_size, blocks, dtype);
         let kv = model.kv_cache(layout).unwrap();
         Self { model, kv, positions, block_size, blocks_per_sequence }
     }

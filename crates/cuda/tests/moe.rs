@@ -5,7 +5,7 @@ mod common;
 use common::{Random, context, relative_error, schedules};
 use longhaul_backend::HostTensor;
 use longhaul_cuda::driver::{Element, EmulatedOptions};
-use longhaul_cuda::ops::moe::{combine, experts, route};
+use longhaul_cuda::ops::moe::{NOWHERE, combine, experts, route, route_to};
 use longhaul_cuda::weights::Experts;
 use longhaul_cuda::{Context, CudaError, Variant};
 
@@ -77,6 +77,39 @@ fn routing_matches_float64() {
                 let first = |expert: usize| ids.iter().filter(|&&id| (id as usize) < expert).count();
                 assert!(offsets.iter().enumerate().all(|(expert, &place)| place as usize == first(expert)));
             }
+        }
+    }
+}
+
+/// Experts dealt whole: each rank gives its own slots places, in the order they have among all, and the others none.
+#[test]
+fn routing_on_a_rank_places_its_own_slots() {
+    for options in schedules().into_iter().step_by(2) {
+        let ctx = context(options, Variant::Auto, Element::Bf16);
+        for (rows, count, k) in [(1, 5, 3), (7, 60, 4), (130, 64, 8)] {
+            let values = scores(rows, count, "random");
+            let tensor = ctx.tensor_from_f32(&values, rows, count, Element::F32).unwrap();
+            let whole = route(&ctx, &tensor, k, true).unwrap();
+            let (chosen, weights) = whole.to_host(&ctx).unwrap();
+            for held in [0..count / 2, count / 2..count - 1, count - 1..count] {
+                let routing = route_to(&ctx, &tensor, k, true, held.clone()).unwrap();
+                let (local, same) = routing.to_host(&ctx).unwrap();
+                assert_eq!(same, weights, "all ranks weigh alike");
+                let [places, slots, offsets] = routing.places_to_host(&ctx).unwrap();
+                let mut ours: Vec<usize> =
+                    (0..chosen.len()).filter(|&slot| held.contains(&(chosen[slot] as usize))).collect();
+                ours.sort_by_key(|&slot| chosen[slot]);
+                assert_eq!(offsets.len(), held.len() + 1);
+                assert_eq!(offsets[held.len()] as usize, ours.len());
+                assert!(slots.iter().zip(&ours).all(|(&slot, &ours)| slot as usize == ours), "{held:?}");
+                for slot in 0..chosen.len() {
+                    assert_eq!(local[slot], chosen[slot].wrapping_sub(held.start as u32));
+                    let place = ours.iter().position(|&ours| ours == slot).map_or(NOWHERE, |p| p as u32);
+                    assert_eq!(places[slot], place, "slot {slot} of {held:?}");
+                }
+            }
+            assert!(route_to(&ctx, &tensor, k, true, 1..count + 1).is_err());
+            assert!(route_to(&ctx, &tensor, k, true, 1..1).is_err());
         }
     }
 }

@@ -9,7 +9,7 @@ use longhaul_cuda::{Cuda, Tensor};
 use longhaul_model::Model;
 
 use crate::Result;
-use crate::runner::Runner;
+use crate::runner::{RankRunner, Runner};
 
 /// Runs steps eagerly, and pure-decode steps from recorded graphs once a batch size has been seen.
 pub(crate) struct CudaRunner {
@@ -23,6 +23,7 @@ pub(crate) struct CudaRunner {
 impl CudaRunner {
     pub(crate) fn new(model: Model<Cuda>, layout: KvLayout, use_graphs: bool) -> Result<Self> {
         let kv = model.kv_cache(layout)?;
+        let use_graphs = use_graphs && model.backend().group().can_be_recorded();
         Ok(Self { model, kv, graphs: HashMap::new(), use_graphs })
     }
 
@@ -44,14 +45,21 @@ impl CudaRunner {
                 let padded = pad(inputs.clone(), bucket);
                 cuda.prepare(padded.clone(), &self.kv)?;
                 let (model, kv) = (&self.model, &mut self.kv);
-                match cuda.record(|| model.forward(padded, kv).map_err(step_error)) {
-                    Ok((graph, _)) => {
+                let recorded = cuda.record(|| model.forward(padded, kv).map_err(step_error));
+                if let Err(error @ Error::DeviceLost(_)) = recorded {
+                    return Err(error.into());
+                }
+                // All ranks replay or none does: a replay exchanges the rows of its bucket.
+                match (cuda.all_agree(recorded.is_ok())?, recorded) {
+                    (true, Ok((graph, _))) => {
                         self.graphs.insert(bucket, Some(graph));
                         graph
                     }
-                    Err(error @ Error::DeviceLost(_)) => return Err(error.into()),
                     // A device that cannot hold one more recording still runs the step op by op, as from now on.
-                    Err(_) => {
+                    (_, recorded) => {
+                        if let Ok((graph, _)) = recorded {
+                            cuda.drop_graph(graph);
+                        }
                         self.use_graphs = false;
                         return Ok(self.model.forward(inputs, &mut self.kv)?);
                     }
@@ -138,6 +146,30 @@ impl Runner for CudaRunner {
 
     fn max_logit_rows(&self) -> usize {
         self.model.backend().limits().logit_rows
+    }
+}
+
+impl RankRunner for CudaRunner {
+    fn description(&self) -> String {
+        let cuda = self.model.backend();
+        let device = longhaul_cuda::describe(cuda.context());
+        match cuda.group().world_size() {
+            1 => device,
+            ranks => format!("{device}, {ranks} ranks, all-reduce {}", cuda.group().all_reduce_way()),
+        }
+    }
+
+    fn check(&self, inputs: &StepInputs) -> Result<()> {
+        Ok(self.model.backend().check(inputs, &self.kv)?)
+    }
+
+    fn follow(&mut self, inputs: StepInputs) -> Result<()> {
+        if let Some(logits) = self.forward(inputs)? {
+            self.model.gather_logits(logits)?;
+            let cuda = self.model.backend();
+            cuda.group().check(cuda.context()).map_err(Error::from)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,30 +1,32 @@
 //! Devices: from a choice and a model's files to a [`Runner`] with its KV pool.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use longhaul_backend::{DType, KvLayout};
 use longhaul_cpu::simd::Isa;
 use longhaul_cuda::arena::Arena;
 use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
-use longhaul_cuda::{Context, Cuda, CudaError, Limits, Sizes, Variant};
-use longhaul_model::{Model, ModelSpec, PositionProfile, RankShard, ShardOptions, ShardPlan};
+use longhaul_cuda::group::AllReduce;
+use longhaul_cuda::{Context, Variant};
+use longhaul_model::{ModelSpec, PositionProfile, RankShard, ShardOptions, ShardPlan};
 use longhaul_weights::TensorSource;
 
-use crate::cpu_device::{cpu_dtype, place_on_cpu};
-use crate::cuda_runner::CudaRunner;
-use crate::memory_budget::{self, Available, CudaPlan, MemoryBudget};
+use crate::cpu_device::{CpuRanks, cpu_dtype};
+use crate::cuda_device::{CudaDevices, cuda_error};
+use crate::memory_budget::{self, Available, MemoryBudget};
 use crate::runner::Runner;
 use crate::{EngineError, Result, gpu};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Device {
-    /// A CUDA device if this build and machine have one, else the CPU.
+    /// CUDA devices, one a rank, if this build and machine have that many, else the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-    /// The CUDA device of this ordinal.
+    /// CUDA devices from this ordinal on, one a rank.
     Cuda(usize),
     /// The CUDA device emulated on the CPU: the same kernels, slow; for tests.
     Emulated,
@@ -54,7 +56,7 @@ impl Precision {
         }
     }
 
-    fn on_cuda(self) -> Element {
+    pub(crate) fn on_cuda(self) -> Element {
         match self {
             Precision::Float32 => Element::F32,
             Precision::Auto | Precision::Bfloat16 | Precision::Fastest => Element::Bf16,
@@ -78,7 +80,7 @@ pub enum KvCacheDtype {
 
 impl KvCacheDtype {
     /// The cache of a CUDA device, where `auto` is what the precision asks for.
-    fn on_cuda(self, auto: DType) -> DType {
+    pub(crate) fn on_cuda(self, auto: DType) -> DType {
         match self {
             KvCacheDtype::Auto => auto,
             KvCacheDtype::Float32 => DType::F32,
@@ -127,6 +129,8 @@ pub struct DeviceOptions {
     pub tensor_parallel: usize,
     /// Deal routed experts whole over the ranks.
     pub expert_parallel: bool,
+    /// How partial sums of ranks on CUDA devices come together.
+    pub all_reduce: AllReduce,
     /// Which CUDA kernels run.
     pub kernels: Kernels,
     /// Run every decode step op by op instead of from a recorded graph.
@@ -135,6 +139,11 @@ pub struct DeviceOptions {
     pub emulator: EmulatedOptions,
     /// Fraction of a GPU's memory up to which this process may fill it.
     pub gpu_memory_utilization: f32,
+    /// How long a group of ranks may go without progress in a step; `None` = what its earlier steps say.
+    pub step_timeout: Option<Duration>,
+    /// Hears why a group of ranks has ended when nobody has dropped the engine since: whoever owns it is stuck in a step, or waits
+    /// for somebody else. A process should end then.
+    pub group_lost: fn(&str),
 }
 
 /// As vLLM's: room for what other libraries of the process take, and for fragmentation.
@@ -148,11 +157,14 @@ impl Default for DeviceOptions {
             threads: 0,
             tensor_parallel: 1,
             expert_parallel: false,
+            all_reduce: AllReduce::default(),
             kernels: Kernels::default(),
             enforce_eager: false,
             kv_cache_dtype: KvCacheDtype::default(),
             emulator: EmulatedOptions::default(),
             gpu_memory_utilization: DEFAULT_GPU_MEMORY_UTILIZATION,
+            step_timeout: None,
+            group_lost: |_| (),
         }
     }
 }
@@ -165,19 +177,8 @@ pub(crate) struct Placed {
     pub description: String,
 }
 
-/// Rows of a prefill step on a CUDA device: enough for full matrix speed; the arena is sized for them.
-const CUDA_ROWS: usize = 2048;
-/// As above where every row costs milliseconds.
-const EMULATED_ROWS: usize = 512;
-/// Sequences of a step.
-const CUDA_SEQUENCES: usize = 64;
-/// Rows of a step whose logits may be wanted.
-const CUDA_LOGIT_ROWS: usize = 64;
-
 /// A device that has been opened and holds nothing yet.
 pub(crate) struct Opened {
-    /// As the user would name it.
-    name: String,
     place: Place,
     /// What the user should know about the choice.
     pub note: Option<String>,
@@ -185,53 +186,54 @@ pub(crate) struct Opened {
 
 enum Place {
     Cpu,
-    Cuda(Arc<dyn Driver>),
-    Emulated(Arc<dyn Driver>),
+    Cuda(CudaDevices),
 }
 
 /// Opens the device that `options` names.
 ///
 /// # Errors
-/// [`EngineError::Device`] or [`EngineError::Memory`] with the remedy.
+/// [`EngineError::Device`] or [`EngineError::Memory`] with the remedy; [`EngineError::Parameter`] for a way to sum without
+/// ranks on CUDA devices.
 pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
-    let one_rank = |device: &str| match options.tensor_parallel {
-        1 => Ok(()),
-        ranks => Err(EngineError::Device {
-            device: device.into(),
-            message: format!("runs on one rank, not on --tp {ranks}; use --device cpu"),
-        }),
-    };
-    let cuda = |ordinal| {
-        let name = format!("cuda:{ordinal}");
-        let driver = gpu::open(ordinal).map_err(|e| cuda_error(&name, e))?;
-        Ok(Opened { name, place: Place::Cuda(driver), note: None })
-    };
-    match options.device {
-        Device::Cpu => Ok(Opened { name: "cpu".into(), place: Place::Cpu, note: None }),
-        Device::Emulated => {
-            one_rank("emulated")?;
-            let driver = Emulated::new(options.emulator).map_err(|e| cuda_error("emulated", e))?;
-            Ok(Opened { name: "emulated".into(), place: Place::Emulated(Arc::new(driver)), note: None })
-        }
-        Device::Cuda(ordinal) => {
-            one_rank(&format!("cuda:{ordinal}"))?;
-            cuda(ordinal)
-        }
-        // Several ranks are threads of the CPU.
-        Device::Auto if options.tensor_parallel > 1 => {
-            Ok(Opened { name: "cpu".into(), place: Place::Cpu, note: None })
-        }
-        Device::Auto => match cuda(0) {
+    let on_cuda = |devices| Opened { place: Place::Cuda(devices), note: None };
+    let opened = match options.device {
+        Device::Cpu => Opened { place: Place::Cpu, note: None },
+        Device::Emulated => on_cuda(CudaDevices::emulated(options)?),
+        Device::Cuda(first) => on_cuda(CudaDevices::gpus(first, options)?),
+        Device::Auto => match CudaDevices::gpus(0, options) {
             // A full device is not a missing one: the user decides.
-            Err(error @ EngineError::Memory { .. }) => Err(error),
+            Err(error @ EngineError::Memory { .. }) => return Err(error),
             Err(error) => {
                 // Where there is no GPU, the CPU is what the user means; a GPU that stays idle is worth a word.
                 let note = gpu::is_present().then(|| format!("the model runs on the CPU: {error}"));
-                Ok(Opened { name: "cpu".into(), place: Place::Cpu, note })
+                Opened { place: Place::Cpu, note }
             }
-            opened => opened,
+            Ok(devices) => on_cuda(devices),
         },
+    };
+    if options.all_reduce != AllReduce::Auto {
+        let refuse = |message: &str| {
+            let message = format!("{} {message}", options.all_reduce);
+            Err(EngineError::Parameter { name: "--all-reduce", message })
+        };
+        match &opened.place {
+            Place::Cpu => return refuse("is about ranks on CUDA devices; leave it off on the CPU"),
+            Place::Cuda(_) if options.tensor_parallel < 2 => {
+                return refuse("needs ranks to sum over: --tp 2 or more");
+            }
+            Place::Cuda(_) => {}
+        }
     }
+    Ok(opened)
+}
+
+/// How the model is dealt over ranks.
+///
+/// # Errors
+/// The model's.
+pub(crate) fn shard_plan(options: &DeviceOptions, spec: &ModelSpec) -> Result<ShardPlan> {
+    let group = ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
+    Ok(ShardPlan::new(spec, options.tensor_parallel, &group)?)
 }
 
 impl Opened {
@@ -249,40 +251,36 @@ impl Opened {
         asked: bool,
         profile: &dyn Fn(usize) -> Result<PositionProfile>,
     ) -> Result<(PositionProfile, Option<String>)> {
-        let available = match &self.place {
-            Place::Cuda(driver) => {
-                let free = driver.free_bytes().map_err(|e| cuda_error(&self.name, e))?;
-                let total = driver.properties().memory_bytes;
-                Available::on_gpu(free, total, options.gpu_memory_utilization)
-            }
-            Place::Cpu | Place::Emulated(_) => Available::on_host(),
-        };
-        let cpu_cache = match &self.place {
-            Place::Cpu => cpu_dtype(options, options.precision.on_cpu(spec.dtype))?,
-            Place::Cuda(_) | Place::Emulated(_) => DType::F32,
-        };
-        let budget = |positions: &PositionProfile| match &self.place {
+        match &self.place {
             Place::Cpu => {
-                let layout = layout(spec, positions, cpu_cache);
-                MemoryBudget::on_cpu(spec, positions, &layout, weight_bytes, available.clone())
-            }
-            Place::Cuda(driver) | Place::Emulated(driver) => {
-                let setup = CudaSetup::new(options, spec, positions, self.is_emulated());
-                let plan = CudaPlan {
-                    element: setup.element,
-                    sizes: &sizes(spec),
-                    limits: &setup.limits,
-                    driver: driver.as_ref(),
-                    graphs: !options.enforce_eager && !self.is_emulated(),
+                let dtype = cpu_dtype(options, options.precision.on_cpu(spec.dtype))?;
+                let available = Available::on_host();
+                let budget = |positions: &PositionProfile| {
+                    let layout = layout(spec, positions, dtype);
+                    MemoryBudget::on_cpu(spec, positions, &layout, weight_bytes, available.clone())
                 };
-                MemoryBudget::on_cuda(spec, positions, &setup.layout, &plan, available.clone())
+                memory_budget::fit("cpu", wanted, asked, profile, &budget)
             }
-        };
-        memory_budget::fit(&self.name, wanted, asked, profile, &budget)
+            Place::Cuda(devices) => {
+                let plan = shard_plan(options, spec)?;
+                let available = devices.available(options)?;
+                let budget =
+                    |positions: &PositionProfile| devices.budget(options, spec, &plan, positions, &available);
+                memory_budget::fit(devices.name(), wanted, asked, profile, &budget)
+            }
+        }
     }
 
-    fn is_emulated(&self) -> bool {
-        matches!(self.place, Place::Emulated(_))
+    /// As the user would name it.
+    pub fn name(&self) -> &str {
+        match &self.place {
+            Place::Cpu => "cpu",
+            Place::Cuda(devices) => devices.name(),
+        }
+    }
+
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.place, Place::Cpu)
     }
 
     /// Loads the weights; `progress` hears (bytes read, bytes in all).
@@ -294,47 +292,14 @@ impl Opened {
         options: &DeviceOptions,
         spec: &ModelSpec,
         positions: &PositionProfile,
+        plan: &ShardPlan,
         source: &(dyn TensorSource + Sync),
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Placed> {
-        let emulated = self.is_emulated();
         match self.place {
-            Place::Cpu => {
-                let group =
-                    ShardOptions { expert_parallel: options.expert_parallel, ..ShardOptions::default() };
-                let plan = ShardPlan::new(spec, options.tensor_parallel, &group)?;
-                place_on_cpu(options, spec, positions, &plan, source, progress)
-            }
-            Place::Cuda(driver) | Place::Emulated(driver) => {
-                let setup = CudaSetup::new(options, spec, positions, emulated);
-                let source = Source { spec, positions, tensors: source };
-                place_on_cuda(&self.name, driver, options, setup, &source, progress)
-            }
+            Place::Cpu => CpuRanks { options, spec, positions, plan, source }.place(progress),
+            Place::Cuda(devices) => devices.place(options, spec, positions, plan, source, progress),
         }
-    }
-}
-
-/// How a model is laid out on a CUDA device.
-struct CudaSetup {
-    element: Element,
-    layout: KvLayout,
-    limits: Limits,
-}
-
-impl CudaSetup {
-    fn new(options: &DeviceOptions, spec: &ModelSpec, positions: &PositionProfile, emulated: bool) -> Self {
-        let element = options.precision.on_cuda();
-        let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
-        let layout = layout(spec, positions, options.kv_cache_dtype.on_cuda(dtype));
-        let rows = if emulated { EMULATED_ROWS } else { CUDA_ROWS };
-        let limits = Limits {
-            rows: rows.min(positions.max_model_len).max(1),
-            sequences: CUDA_SEQUENCES,
-            // A decode batch shares the pool, but a padded one names its last table again for every padding row.
-            blocks: layout.blocks * 9,
-            logit_rows: CUDA_LOGIT_ROWS,
-        };
-        Self { element, layout, limits }
     }
 }
 
@@ -367,21 +332,11 @@ pub fn kernel_context(options: &DeviceOptions) -> Result<(Context, bool)> {
     Ok((context.map_err(|e| cuda_error(name, e))?, name != "emulated"))
 }
 
-fn variant(kernels: Kernels) -> Variant {
+pub(crate) fn variant(kernels: Kernels) -> Variant {
     match kernels {
         Kernels::Auto => Variant::Auto,
         Kernels::Plain => Variant::Plain,
         Kernels::Mma => Variant::Mma,
-    }
-}
-
-fn cuda_error(device: &str, error: CudaError) -> EngineError {
-    match error {
-        CudaError::Unavailable { message } => EngineError::Device { device: device.into(), message },
-        CudaError::OutOfMemory { .. } => {
-            EngineError::Memory { device: device.into(), message: error.to_string() }
-        }
-        other => EngineError::Backend(other.into()),
     }
 }
 
@@ -390,44 +345,4 @@ pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType
     let block_size = positions.block_size();
     let blocks = positions.max_model_len.div_ceil(block_size);
     RankShard::whole(spec).kv_layout(spec, block_size, blocks, dtype)
-}
-
-/// A model's description and its weights, on the way to a device.
-struct Source<'a> {
-    spec: &'a ModelSpec,
-    positions: &'a PositionProfile,
-    tensors: &'a dyn TensorSource,
-}
-
-fn place_on_cuda(
-    name: &str,
-    driver: Arc<dyn Driver>,
-    options: &DeviceOptions,
-    setup: CudaSetup,
-    source: &Source<'_>,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Placed> {
-    let CudaSetup { element, layout, limits } = setup;
-    let cuda = Cuda::new(driver, variant(options.kernels), element, &sizes(source.spec), limits)
-        .map_err(|e| cuda_error(name, e))?;
-    let description = longhaul_cuda::describe(cuda.context());
-    let model = Model::load(cuda, source.spec, source.positions, source.tensors, progress)?;
-    let runner = Box::new(CudaRunner::new(model, layout, !options.enforce_eager)?);
-    Ok(Placed { runner, blocks: layout.blocks, block_size: layout.block_size, description })
-}
-
-/// The widths that decide a step's memory.
-fn sizes(spec: &ModelSpec) -> Sizes {
-    let query = spec.query_heads * spec.head_dim;
-    let moe = spec.moe.as_ref();
-    Sizes {
-        hidden: spec.hidden_size,
-        qkv: query + 2 * spec.kv_heads * spec.head_dim,
-        query,
-        intermediate: spec.intermediate_size.max(moe.map_or(0, |m| m.shared_intermediate_size)),
-        expert_intermediate: moe.map_or(0, |m| m.intermediate_size),
-        experts: moe.map_or(0, |m| m.experts),
-        top_k: moe.map_or(0, |m| m.top_k),
-        vocab: spec.vocab_size,
-    }
 }

@@ -1,5 +1,6 @@
 use longhaul_backend::Error as BackendError;
 use longhaul_model::ModelError;
+use longhaul_nodes::NodesError;
 use longhaul_text::TextError;
 use longhaul_weights::WeightsError;
 
@@ -74,6 +75,9 @@ pub enum EngineError {
         /// What it failed with.
         source: Box<EngineError>,
     },
+    /// The nodes of a group did not come together.
+    #[error(transparent)]
+    Nodes(#[from] NodesError),
     /// Config or forward pass.
     #[error(transparent)]
     Model(#[from] ModelError),

@@ -7,17 +7,23 @@
 mod api;
 mod blocks;
 mod cpu_device;
+mod cuda_device;
 mod cuda_runner;
 mod demo;
 mod device;
 mod engine;
 mod error;
+#[cfg(feature = "faults")]
+mod faults;
 mod gpu;
 mod loader;
 mod memory_budget;
+mod nodes;
 mod ranks;
 mod runner;
+mod step_deadline;
 mod tokens;
+mod watchdog;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
 pub use device::{
@@ -27,5 +33,7 @@ pub use engine::Engine;
 pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};
 pub use longhaul_cuda::driver::EmulatedOptions;
+pub use longhaul_cuda::group::AllReduce;
 pub use longhaul_model::LongContext;
+pub use nodes::NodeOptions;
 pub use tokens::{TokenEnd, TokenObserver, TokenRequest, TokenScore};

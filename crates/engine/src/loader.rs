@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use longhaul_backend::DType;
-use longhaul_model::{LongContext, ModelSpec, PositionProfile, family, family_names};
+use longhaul_model::{LongContext, ModelSpec, PositionProfile, ShardPlan, family, family_names};
 use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
-use longhaul_weights::{Checkpoint, Dummy, TensorSource};
+use longhaul_weights::{Checkpoint, Dummy, TensorSource, Wanted, locate};
 
 use crate::blocks::BlockPool;
-use crate::device::{DeviceOptions, open};
+use crate::cpu_device::{CpuRanks, LocalRanks, cpu_dtype};
+use crate::device::{DeviceOptions, Opened, open, shard_plan};
 use crate::engine::Engine;
+use crate::nodes::{self, NodeGroup, NodeOptions, Plan, Role, identity, sha256};
 use crate::{EngineError, Result, demo};
 
 /// Which model, as the user names it.
@@ -88,6 +90,8 @@ pub struct Loader {
     pub dummy_seed: u64,
     /// Never use the network.
     pub offline: bool,
+    /// The group of nodes that runs the model; `None` = this process alone.
+    pub nodes: Option<NodeOptions>,
 }
 
 impl Loader {
@@ -101,22 +105,27 @@ impl Loader {
             long_context: None,
             dummy_seed: 0,
             offline: false,
+            nodes: None,
         }
     }
 
-    /// Reads the model's files without its weights.
+    /// Reads the files that describe the model; its weights are neither read nor downloaded.
     ///
     /// # Errors
     /// Missing or malformed files, named.
     pub fn files(&self) -> Result<ModelFiles> {
+        self.files_with(Wanted::Description)
+    }
+
+    fn files_with(&self, wanted: Wanted) -> Result<ModelFiles> {
         match &self.model {
             ModelRef::Demo => ModelFiles::demo(),
             ModelRef::Family(name) if self.load_format == LoadFormat::Dummy => ModelFiles::family(name),
             ModelRef::Family(name) => {
                 let hub_id = family(name).map_or(name.as_str(), |m| m.hub_id);
-                ModelFiles::directory(hub_id, &longhaul_weights::locate(hub_id, self.offline)?)
+                ModelFiles::directory(hub_id, &locate(hub_id, wanted, self.offline)?)
             }
-            ModelRef::Hub(id) => ModelFiles::directory(id, &longhaul_weights::locate(id, self.offline)?),
+            ModelRef::Hub(id) => ModelFiles::directory(id, &locate(id, wanted, self.offline)?),
             ModelRef::Directory(path) => {
                 let name = path.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_str()?.to_owned()));
                 ModelFiles::directory(&name.unwrap_or_else(|| path.display().to_string()), path)
@@ -124,12 +133,73 @@ impl Loader {
         }
     }
 
-    /// Loads the model; `progress` hears (bytes read, bytes in all).
+    /// Whether this process does what a leader on another node says: [`Self::follow`] is for it.
+    pub fn is_worker(&self) -> bool {
+        self.nodes.as_ref().is_some_and(|nodes| nodes.placement.rank > 0)
+    }
+
+    /// Loads the model; `progress` hears (bytes read, bytes in all). The leader of several nodes waits for them first.
     ///
     /// # Errors
-    /// Files, config, context, memory: each named with its remedy.
+    /// Files, config, context, memory: each named with its remedy. Nodes that do not come, or do not fit.
     pub fn load(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine> {
-        let files = self.files()?;
+        let Prepared { files, positions, source, device, plan, notes } = self.prepare()?;
+        let source = source.as_ref();
+        let placed = match self.meet(&files, &positions, source, &plan, &device)? {
+            None => device.load(&self.device, &files.spec, &positions, &plan, source, progress)?,
+            Some(group) => {
+                let local = LocalRanks { ranks: group.ranks, pulse: group.pulse };
+                let Role::Leader(nodes) = group.role else {
+                    return Err(EngineError::Parameter {
+                        name: "--node-rank",
+                        message: "a worker runs no requests of its own".into(),
+                    });
+                };
+                let ranks = self.cpu_ranks(&files, &positions, source, &plan);
+                ranks.lead(local, Some(nodes), progress)?
+            }
+        };
+        Ok(Engine {
+            name: files.name,
+            runner: placed.runner,
+            blocks: BlockPool::new(placed.blocks),
+            block_size: placed.block_size,
+            spec: files.spec,
+            positions,
+            tokenizer: files.tokenizer,
+            template: files.template,
+            generation: files.generation,
+            device: placed.description,
+            notes,
+        })
+    }
+
+    /// Joins the leader, loads this node's part of the model, and does what the leader says until it ends the group.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; why the group ended, if not well.
+    pub fn follow(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        let Prepared { files, positions, source, device, plan, .. } = self.prepare()?;
+        let source = source.as_ref();
+        match self.meet(&files, &positions, source, &plan, &device)? {
+            Some(NodeGroup { ranks, pulse, role: Role::Worker(worker) }) => {
+                let local = LocalRanks { ranks, pulse };
+                self.cpu_ranks(&files, &positions, source, &plan).work(local, &worker, progress)
+            }
+            _ => Err(EngineError::Parameter {
+                name: "--node-rank",
+                message: "only a node beside the leader follows".into(),
+            }),
+        }
+    }
+
+    /// Everything but weights.
+    fn prepare(&self) -> Result<Prepared> {
+        let wanted = match self.load_format {
+            LoadFormat::Auto => Wanted::Weights,
+            LoadFormat::Dummy => Wanted::Description,
+        };
+        let files = self.files_with(wanted)?;
         let positions = PositionProfile::new(&files.spec, self.long_context, self.max_model_len)?;
         let expected = files.spec.tensors();
         let source: Box<dyn TensorSource + Sync> = match (self.load_format, &files.weights) {
@@ -151,22 +221,65 @@ impl Loader {
         let (positions, note) =
             device.fit(&self.device, &files.spec, weight_bytes, positions, asked, &profile)?;
         notes.extend(note);
-        let placed = device.load(&self.device, &files.spec, &positions, source.as_ref(), progress)?;
-        Ok(Engine {
-            name: files.name,
-            runner: placed.runner,
-            blocks: BlockPool::new(placed.blocks),
-            block_size: placed.block_size,
-            spec: files.spec,
-            positions,
-            tokenizer: files.tokenizer,
-            template: files.template,
-            generation: files.generation,
-            device: placed.description,
-            notes,
-        })
+        let plan = shard_plan(&self.device, &files.spec)?;
+        Ok(Prepared { files, positions, source, device, plan, notes })
+    }
+
+    /// Meets the other nodes, if there are to be any.
+    fn meet(
+        &self,
+        files: &ModelFiles,
+        positions: &PositionProfile,
+        source: &dyn TensorSource,
+        shards: &ShardPlan,
+        device: &Opened,
+    ) -> Result<Option<NodeGroup>> {
+        let Some(options) = self.nodes.as_ref().filter(|nodes| nodes.placement.size > 1) else {
+            return Ok(None);
+        };
+        let (nodes, ranks) = (options.placement.size, shards.ranks().len());
+        if !device.is_cpu() {
+            return Err(EngineError::Device {
+                device: device.name().into(),
+                message: "several nodes run on their CPUs so far; use --device cpu".into(),
+            });
+        }
+        if ranks < nodes {
+            return Err(EngineError::Parameter {
+                name: "--tp",
+                message: format!("{ranks} ranks are too few for {nodes} nodes; give each node one at least"),
+            });
+        }
+        let precision = self.device.precision.on_cpu(files.spec.dtype);
+        let cache = cpu_dtype(&self.device, precision)?;
+        let plan = Plan { shards, positions, precision: format!("{precision:?} products, {cache} cache") };
+        let identity = identity(&files.spec, source, &files.tokenizer_hash, &plan, nodes);
+        nodes::meet(options, &identity, ranks, self.device.step_timeout).map(Some)
+    }
+
+    fn cpu_ranks<'a>(
+        &'a self,
+        files: &'a ModelFiles,
+        positions: &'a PositionProfile,
+        source: &'a (dyn TensorSource + Sync),
+        plan: &'a ShardPlan,
+    ) -> CpuRanks<'a> {
+        CpuRanks { options: &self.device, spec: &files.spec, positions, plan, source }
     }
 }
+
+/// A model on its way to a device, before any weight is read.
+struct Prepared {
+    files: ModelFiles,
+    positions: PositionProfile,
+    source: Box<dyn TensorSource + Sync>,
+    device: Opened,
+    plan: ShardPlan,
+    notes: Vec<String>,
+}
+
+/// [`ModelFiles`]' hash where there is nothing to hash.
+const NO_TOKENIZER: &str = "none";
 
 /// A model's files, read and checked, without its weights.
 pub struct ModelFiles {
@@ -180,6 +293,8 @@ pub struct ModelFiles {
     pub template: Option<ChatTemplate>,
     /// From `generation_config.json`.
     pub generation: GenerationConfig,
+    /// Hash of `tokenizer.json`, or that there is none.
+    tokenizer_hash: String,
     weights: WeightFiles,
 }
 
@@ -197,6 +312,7 @@ impl ModelFiles {
             tokenizer: Some(Tokenizer::from_bytes(demo::TOKENIZER, "demo/tokenizer.json")?),
             template: ChatTemplate::from_config_bytes(demo::TOKENIZER_CONFIG, "demo/tokenizer_config.json")?,
             generation: GenerationConfig::from_bytes(demo::GENERATION_CONFIG, "demo/generation_config.json")?,
+            tokenizer_hash: sha256(demo::TOKENIZER),
             weights: WeightFiles::Embedded,
         })
     }
@@ -210,6 +326,7 @@ impl ModelFiles {
             tokenizer: None,
             template: None,
             generation: GenerationConfig::default(),
+            tokenizer_hash: NO_TOKENIZER.into(),
             weights: WeightFiles::None,
         })
     }
@@ -218,9 +335,9 @@ impl ModelFiles {
         let origin = |file: &str| dir.join(file).display().to_string();
         let config = required(&dir.join("config.json"))?;
         let spec = ModelSpec::from_config(&config, &origin("config.json"))?;
-        let tokenizer = match optional(&dir.join("tokenizer.json"))? {
-            Some(bytes) => Some(Tokenizer::from_bytes(&bytes, &origin("tokenizer.json"))?),
-            None => None,
+        let (tokenizer, tokenizer_hash) = match optional(&dir.join("tokenizer.json"))? {
+            Some(bytes) => (Some(Tokenizer::from_bytes(&bytes, &origin("tokenizer.json"))?), sha256(&bytes)),
+            None => (None, NO_TOKENIZER.into()),
         };
         if let Some(tokenizer) = &tokenizer
             && tokenizer.vocab_size() > spec.vocab_size
@@ -260,6 +377,7 @@ impl ModelFiles {
             tokenizer,
             template,
             generation,
+            tokenizer_hash,
             weights: WeightFiles::Directory(dir.into()),
         })
     }

@@ -1,11 +1,14 @@
 //! What a model will take, before anything is loaded: a start that cannot fit stops here with a table.
 
 use std::fmt;
+use std::ops::Range;
 
 use longhaul_backend::KvLayout;
 use longhaul_cuda::driver::{Driver, Element};
-use longhaul_cuda::{Cuda, Limits, Sizes, matrix_bytes};
-use longhaul_model::{ModelSpec, PositionProfile};
+use longhaul_cuda::ops::comm::{PeerOptions, Region};
+use longhaul_cuda::{Cuda, Limits, matrix_bytes};
+use longhaul_model::{ModelSpec, PositionProfile, RankShard, ShardPlan};
+use longhaul_weights::Slice;
 
 use crate::{EngineError, Result};
 
@@ -41,6 +44,11 @@ impl Available {
             bytes: free.saturating_sub(reserve),
             remark: format!("{} free of {}, --gpu-memory-utilization {utilisation}", size(free), size(total)),
         }
+    }
+
+    /// Says whose it is.
+    pub fn of_rank(self, rank: usize) -> Self {
+        Self { remark: format!("rank {rank}: {}", self.remark), ..self }
     }
 
     /// What the host can give without swapping: the kernel's estimate, within the control group's limit.
@@ -84,28 +92,32 @@ fn reclaimable(text: &str) -> Option<u64> {
 }
 
 impl MemoryBudget {
-    /// The model on a CUDA device: exactly what [`Cuda`], the weights and the pool take, in the driver's pages.
+    /// A rank's part of the model on a CUDA device: exactly what [`Cuda`], the weights and the pool take, in the driver's pages.
     pub fn on_cuda(
         spec: &ModelSpec,
         positions: &PositionProfile,
+        (plan, shard): (&ShardPlan, &RankShard),
         layout: &KvLayout,
-        plan: &CudaPlan<'_>,
+        cuda: &CudaPlan<'_>,
         available: Available,
     ) -> Self {
-        let (element, limits) = (plan.element, plan.limits);
-        let weights = spec
-            .tensors()
-            .iter()
-            .map(|tensor| {
-                let bytes = match *tensor.shape.as_slice() {
-                    [rows, cols] => matrix_bytes(rows, cols, element) as u64,
-                    _ => 4 * tensor.shape.iter().product::<usize>() as u64,
-                };
+        let (element, limits) = (cuda.element, cuda.limits);
+        let weights = plan
+            .tensors(shard)
+            .map(|(tensor, _, slice)| {
+                let cut = |whole: usize, part: &Range<usize>| part.len().min(whole);
+                let bytes = match (tensor.shape.as_slice(), &slice) {
+                    (&[rows, cols], Slice::Rows(part)) => matrix_bytes(cut(rows, part), cols, element),
+                    (&[rows, cols], Slice::Cols(part)) => matrix_bytes(rows, cut(cols, part), element),
+                    (&[rows, cols], Slice::All) => matrix_bytes(rows, cols, element),
+                    (&[rows], Slice::Rows(part)) => 4 * cut(rows, part),
+                    (shape, _) => 4 * shape.iter().product::<usize>(),
+                } as u64;
                 // The experts of a layer are one allocation.
                 if tensor.name.contains(".mlp.experts.") { bytes } else { pages(bytes) }
             })
             .sum();
-        let step = Cuda::step_bytes(plan.sizes, limits, element, plan.driver);
+        let step = Cuda::step_bytes(&shard.widths(spec), limits, element, cuda.driver);
         let tables = 2 * pages((positions.table_rows() * spec.head_dim / 2 * 4) as u64);
         let mut lines = vec![
             ("weights", weights, String::new()),
@@ -115,10 +127,35 @@ impl MemoryBudget {
             ("step inputs", step.inputs as u64, String::new()),
             ("logits", pages(step.logits as u64), format!("{} rows", limits.logit_rows)),
         ];
-        if plan.graphs {
+        if shard.world_size > 1 {
+            let bytes = Region::bytes(PeerOptions::default().slice_bytes) as u64;
+            lines.push(("exchange region", pages(bytes), String::new()));
+        }
+        if cuda.graphs {
             lines.push(("recorded steps", GRAPH_BYTES, String::new()));
         }
         Self { lines, available: available.bytes, remark: available.remark }
+    }
+
+    /// The budget with the least room left, of ranks with memories of their own.
+    pub fn tightest(budgets: impl Iterator<Item = Self>) -> Self {
+        let room = |budget: &Self| i128::from(budget.available) - i128::from(budget.total());
+        budgets.min_by_key(room).unwrap_or_else(Self::nothing)
+    }
+
+    /// What ranks take together that share one memory: purpose by purpose.
+    pub fn sum(budgets: impl Iterator<Item = Self>) -> Self {
+        let add = |mut sum: Self, next: Self| {
+            for ((_, bytes, _), (_, more, _)) in sum.lines.iter_mut().zip(next.lines) {
+                *bytes = bytes.saturating_add(more);
+            }
+            sum
+        };
+        budgets.reduce(add).unwrap_or_else(Self::nothing)
+    }
+
+    fn nothing() -> Self {
+        Self { lines: Vec::new(), available: 0, remark: String::new() }
     }
 
     /// The model on the CPU. `weight_bytes` is what the checkpoint holds.
@@ -154,10 +191,9 @@ impl MemoryBudget {
     }
 }
 
-/// What decides a CUDA device's step memory.
+/// What decides a CUDA device's step memory, beside the shard.
 pub(crate) struct CudaPlan<'a> {
     pub element: Element,
-    pub sizes: &'a Sizes,
     pub limits: &'a Limits,
     pub driver: &'a dyn Driver,
     /// Decode steps are recorded on a GPU.
@@ -319,6 +355,20 @@ mod tests {
         assert_eq!(Available::on_gpu(80 << 30, 80 << 30, 0.75).bytes, 60 << 30);
         assert_eq!(Available::on_gpu(30 << 30, 80 << 30, 0.75).bytes, 10 << 30);
         assert_eq!(Available::on_gpu(10 << 30, 80 << 30, 0.75).bytes, 0);
+    }
+
+    #[test]
+    fn ranks_are_summed_or_the_tightest_counts() {
+        let of = |weights, available| MemoryBudget {
+            lines: vec![("weights", weights, String::new()), ("KV pool", 1, String::new())],
+            available,
+            remark: String::new(),
+        };
+        let ranks = || [of(10, 100), of(30, 50), of(5, 40)].into_iter();
+        let tightest = MemoryBudget::tightest(ranks());
+        assert_eq!((tightest.total(), tightest.available), (31, 50));
+        let sum = MemoryBudget::sum(ranks());
+        assert_eq!((sum.total(), sum.available), (48, 100));
     }
 
     #[test]

@@ -1,23 +1,95 @@
-//! A tensor-parallel group on the CPU: a thread a rank, each with its own shard and KV pool.
+//! A tensor-parallel group: a thread a rank, each with its own shard and KV pool, on any device; and ranks on other nodes.
 //!
-//! The leader is rank 0 on the caller's thread: it hands every step to the followers, runs its own part, and has the whole
-//! logits like everybody. The first failure of any rank ends the group, so nobody waits for a rank that is gone.
+//! The leader is rank 0 on the caller's thread: it hands every step to the other members, runs its own part, and has the whole
+//! logits like everybody. The first failure of any rank ends the group, so nobody waits for a rank that is gone, and not for
+//! long for one that hangs.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use longhaul_backend::{Collective, CollectiveError, Error as BackendError};
 use longhaul_backend::{Sampled, SamplingRow, StepInputs};
 use longhaul_model::ModelError;
 
-use crate::runner::{CpuRunner, Runner};
+use crate::runner::{RankRunner, Runner};
+use crate::watchdog::{Running, Watchdog};
 use crate::{EngineError, Result};
+
+/// How often a wait looks whether the group still stands.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What members get to end their part of a step once the group has ended: a rank in a long operation, or one that hangs, is
+/// not waited for.
+pub(crate) struct Grace {
+    allowed: Duration,
+    since: Option<Instant>,
+}
+
+impl Default for Grace {
+    fn default() -> Self {
+        Self { allowed: Duration::from_millis(500), since: None }
+    }
+}
+
+impl Grace {
+    /// Whether it is used up; it begins when this is first asked.
+    pub(crate) fn is_over(&mut self) -> bool {
+        self.since.get_or_insert_with(Instant::now).elapsed() >= self.allowed
+    }
+}
+
+/// One or more ranks that do what the leader does.
+pub(crate) trait Member: Send {
+    /// The (first) rank.
+    fn rank(&self) -> usize;
+
+    /// Starts its part of a step.
+    fn start(&mut self, inputs: &StepInputs);
+
+    /// Waits for the end of that part; when the group has ended, as long as `grace` lasts.
+    fn finish(&mut self, grace: &mut Grace) -> Result<()>;
+}
+
+/// Watches the steps of a group.
+pub(crate) struct Watch {
+    pub watchdog: Watchdog,
+    /// Operations of a token at a context of so many tokens.
+    pub operations: Box<dyn Fn(usize) -> u64 + Send>,
+}
+
+impl Watch {
+    /// The step runs until the result is dropped.
+    pub(crate) fn step(&self, inputs: &StepInputs) -> Running<'_> {
+        let rows = |s: &longhaul_backend::SequenceInputs| (self.operations)(s.kv_len) * s.rows as u64;
+        self.watchdog.step(inputs.sequences.iter().map(rows).sum())
+    }
+}
+
+const PANICKED: &str = "its thread panicked";
+
+fn rank_failed(group: &dyn Collective, message: &str) -> EngineError {
+    let error = CollectiveError::RankFailed { rank: group.rank(), message: message.into() };
+    EngineError::Backend(BackendError::Collective(error))
+}
+
+/// Ends the group when its thread panics.
+struct PanicEnds(Arc<dyn Collective>);
+
+impl Drop for PanicEnds {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.abort(PANICKED);
+        }
+    }
+}
 
 /// A rank that does what the leader does, on a thread of its own.
 pub(crate) struct Follower {
-    rank: usize,
+    group: Arc<dyn Collective>,
     /// `None` once the group is being taken down.
     steps: Option<Sender<StepInputs>>,
     results: Receiver<Result<()>>,
@@ -30,10 +102,11 @@ impl Follower {
         group: Arc<dyn Collective>,
         mut step: impl FnMut(StepInputs) -> Result<()> + Send + 'static,
     ) -> io::Result<Self> {
-        let rank = group.rank();
         let (steps, inputs) = channel();
         let (outcomes, results) = channel();
+        let ends = PanicEnds(group.clone());
         let follow = move || {
+            let group = &ends.0;
             for inputs in inputs {
                 let result = step(inputs);
                 if let Err(error) = &result {
@@ -43,85 +116,121 @@ impl Follower {
                     break;
                 }
             }
-            // A panic drops `group` while unwinding, which ends the group.
         };
-        let thread = thread::Builder::new().name(format!("longhaul-rank-{rank}")).spawn(follow)?;
-        Ok(Self { rank, steps: Some(steps), results, thread: Some(thread) })
+        let name = format!("longhaul-rank-{}", group.rank());
+        let thread = thread::Builder::new().name(name).spawn(follow)?;
+        Ok(Self { group, steps: Some(steps), results, thread: Some(thread) })
+    }
+}
+
+impl Member for Follower {
+    fn rank(&self) -> usize {
+        self.group.rank()
     }
 
-    fn start(&self, inputs: StepInputs) {
+    fn start(&mut self, inputs: &StepInputs) {
         if let Some(steps) = &self.steps {
             // A thread that is gone shows when its result is missing.
-            let _ = steps.send(inputs);
+            let _ = steps.send(inputs.clone());
         }
     }
 
-    fn finish(&self) -> Result<()> {
-        self.results.recv().unwrap_or_else(|_| {
-            let message = "its thread ended".into();
-            let error = CollectiveError::RankFailed { rank: self.rank, message };
-            Err(EngineError::Backend(BackendError::Collective(error)))
-        })
+    fn finish(&mut self, grace: &mut Grace) -> Result<()> {
+        loop {
+            match self.results.recv_timeout(LOOK) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(rank_failed(&*self.group, "its thread ended"));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Err(error) = self.group.check()
+                && grace.is_over()
+            {
+                return Err(EngineError::Backend(BackendError::Collective(error)));
+            }
+        }
     }
 }
 
 impl Drop for Follower {
     fn drop(&mut self) {
         self.steps = None;
-        if let Some(thread) = self.thread.take() {
-            // How it ended has been reported as the result of its last step.
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else { return };
+        let mut grace = Grace::default();
+        // A thread that hangs ends with the process.
+        while !thread.is_finished() {
+            if grace.is_over() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
         }
+        // How it ended has been reported as the result of its last step.
+        let _ = thread.join();
     }
 }
 
-/// The [`Runner`] on a group of CPU ranks.
+/// The [`Runner`] on a group of ranks.
 pub(crate) struct RankedRunner {
-    followers: Vec<Follower>,
+    /// First of all: while members leave one by one, the group does not look well.
+    watch: Option<Watch>,
+    members: Vec<Box<dyn Member>>,
     group: Arc<dyn Collective>,
-    leader: CpuRunner,
-}
-
-impl Drop for RankedRunner {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            // Followers may be waiting for the leader's part.
-            self.group.abort("the leader panicked");
-        }
-    }
+    leader: Box<dyn RankRunner>,
 }
 
 impl RankedRunner {
     /// `group` is the leader's.
-    pub(crate) fn new(leader: CpuRunner, group: Arc<dyn Collective>, followers: Vec<Follower>) -> Self {
-        Self { followers, group, leader }
+    pub(crate) fn new(
+        leader: Box<dyn RankRunner>,
+        group: Arc<dyn Collective>,
+        followers: Vec<Follower>,
+    ) -> Self {
+        let members = followers.into_iter().map(|follower| Box::new(follower) as Box<dyn Member>).collect();
+        Self { watch: None, members, group, leader }
+    }
+
+    /// The same group with `nodes`, the ranks of other nodes, which leave it first.
+    pub(crate) fn with_nodes(mut self, nodes: impl Member + 'static) -> Self {
+        self.members.insert(0, Box::new(nodes));
+        self
+    }
+
+    /// The same group under the eyes of a watchdog.
+    pub(crate) fn watched(mut self, watch: Watch) -> Self {
+        self.watch = Some(watch);
+        self
     }
 
     /// Runs a step on all ranks; `lead` is the leader's part.
     fn together<R>(
         &mut self,
         inputs: StepInputs,
-        lead: impl FnOnce(&mut CpuRunner, StepInputs) -> Result<R>,
+        lead: impl FnOnce(&mut dyn RankRunner, StepInputs) -> Result<R>,
     ) -> Result<R> {
         // What contradicts itself is refused before anybody starts: the group outlives it.
         self.leader.check(&inputs)?;
         self.group.check().map_err(BackendError::from)?;
-        for follower in &self.followers {
-            follower.start(inputs.clone());
+        let _running = self.watch.as_ref().map(|watch| watch.step(&inputs));
+        for member in &mut self.members {
+            member.start(&inputs);
         }
-        let result = lead(&mut self.leader, inputs);
+        // A rank that panics ends the group, also when it is the caller's.
+        let led = catch_unwind(AssertUnwindSafe(|| lead(self.leader.as_mut(), inputs)));
+        let result = led.unwrap_or_else(|_| Err(rank_failed(&*self.group, PANICKED)));
         if let Err(error) = &result
             && !is_of_the_request(error)
         {
             self.group.abort(&error.to_string());
         }
         let mut first = None;
-        for follower in &self.followers {
-            if let Err(source) = follower.finish()
+        let mut grace = Grace::default();
+        for member in &mut self.members {
+            if let Err(source) = member.finish(&mut grace)
                 && first.as_ref().is_none_or(|(_, first)| is_consequence(first))
                 && (first.is_none() || !is_consequence(&source))
             {
-                first = Some((follower.rank, source));
+                first = Some((member.rank(), source));
             }
         }
         match (result, first) {
@@ -129,6 +238,8 @@ impl RankedRunner {
             (Err(error), Some((rank, source))) if is_consequence(&error) && !is_consequence(&source) => {
                 Err(EngineError::Rank { rank, source: Box::new(source) })
             }
+            // That the group has ended says whose fault it is.
+            (Ok(_), Some((_, source))) if is_consequence(&source) => Err(source),
             (Ok(_), Some((rank, source))) => Err(EngineError::Rank { rank, source: Box::new(source) }),
             (result, _) => result,
         }
@@ -142,7 +253,10 @@ fn is_of_the_request(error: &EngineError) -> bool {
 }
 
 /// Whether this says no more than that the group has ended.
-fn is_consequence(error: &EngineError) -> bool {
+pub(crate) fn is_consequence(error: &EngineError) -> bool {
+    if let EngineError::Rank { source, .. } = error {
+        return is_consequence(source);
+    }
     let (EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error))) = error else {
         return false;
     };
@@ -158,7 +272,23 @@ impl Runner for RankedRunner {
     }
 
     fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        self.together(inputs, CpuRunner::logits)
+        self.together(inputs, |leader, inputs| leader.logits(inputs))
+    }
+
+    fn max_rows(&self) -> usize {
+        self.leader.max_rows()
+    }
+
+    fn default_chunk(&self) -> usize {
+        self.leader.default_chunk()
+    }
+
+    fn is_on_host(&self) -> bool {
+        self.leader.is_on_host()
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.leader.max_logit_rows()
     }
 }
 
@@ -172,6 +302,7 @@ mod tests {
 
     use super::*;
     use crate::demo;
+    use crate::runner::CpuRunner;
 
     /// The demo over three ranks; `fault` is what rank 1 does instead of its part from the second step on.
     fn demo_with(fault: Option<fn() -> Result<()>>) -> RankedRunner {
@@ -207,7 +338,7 @@ mod tests {
             .unwrap()
         });
         let followers = followers.collect();
-        RankedRunner::new(load(&leading), leading, followers)
+        RankedRunner::new(Box::new(load(&leading)), leading, followers)
     }
 
     fn token(position: usize) -> StepInputs {

@@ -36,6 +36,18 @@ pub(crate) trait Runner: Send {
     }
 }
 
+/// A [`Runner`] that is a rank of a group: what [`crate::ranks`] asks of it, whatever the device.
+pub(crate) trait RankRunner: Runner {
+    /// The device in words.
+    fn description(&self) -> String;
+
+    /// Refuses a plan that contradicts itself, the pool, or what a step may hold. Nothing has been done then.
+    fn check(&self, inputs: &StepInputs) -> Result<()>;
+
+    /// This rank's part of a step whose logits other ranks read.
+    fn follow(&mut self, inputs: StepInputs) -> Result<()>;
+}
+
 /// The [`Runner`] on the CPU. A step runs inside the thread pool as a whole: entering it once instead of for every op
 /// saves some hundred thread switches a token.
 pub(crate) struct CpuRunner {
@@ -47,25 +59,6 @@ impl CpuRunner {
     pub(crate) fn new(model: Model<Cpu>, layout: KvLayout) -> Result<Self> {
         let kv = model.kv_cache(layout)?;
         Ok(Self { model, kv })
-    }
-
-    /// The device in words.
-    pub(crate) fn description(&self) -> String {
-        self.model.backend().description()
-    }
-
-    /// Refuses a plan that contradicts itself or the pool.
-    pub(crate) fn check(&self, inputs: &StepInputs) -> Result<()> {
-        Ok(inputs.check(self.kv.layout())?)
-    }
-
-    /// This rank's part of a step whose logits other ranks read.
-    pub(crate) fn follow(&mut self, inputs: StepInputs) -> Result<()> {
-        let (model, kv) = (&self.model, &mut self.kv);
-        Ok(model.backend().install(|| {
-            let logits = model.forward(inputs, kv)?;
-            logits.map_or(Ok(()), |logits| model.gather_logits(logits).map(drop))
-        })?)
     }
 }
 
@@ -86,5 +79,23 @@ impl Runner for CpuRunner {
             Some(logits) => Ok(cpu.to_host(&model.gather_logits(logits)?)?),
             None => Ok(Vec::new()),
         })
+    }
+}
+
+impl RankRunner for CpuRunner {
+    fn description(&self) -> String {
+        self.model.backend().description()
+    }
+
+    fn check(&self, inputs: &StepInputs) -> Result<()> {
+        Ok(inputs.check(self.kv.layout())?)
+    }
+
+    fn follow(&mut self, inputs: StepInputs) -> Result<()> {
+        let (model, kv) = (&self.model, &mut self.kv);
+        Ok(model.backend().install(|| {
+            let logits = model.forward(inputs, kv)?;
+            logits.map_or(Ok(()), |logits| model.gather_logits(logits).map(drop))
+        })?)
     }
 }

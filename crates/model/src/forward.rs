@@ -183,17 +183,18 @@ impl<B: Backend> Model<B> {
         let loader = Loader { backend: &backend, source, shard };
         let mut report = || progress(source.bytes_read(), source.total_bytes());
         let embedding = loader.matrix(&[(Role::Embedding, "model.embed_tokens.weight".into())])?;
+        // The largest tensors come first: while the device makes its own form of one, the file's form is there, too.
+        let head = if spec.tied_embeddings {
+            embedding.clone()
+        } else {
+            loader.matrix(&[(Role::Head, "lm_head.weight".into())])?
+        };
         let mut layers = Vec::with_capacity(spec.layers);
         for layer in 0..spec.layers {
             report();
             layers.push(loader.layer(spec, layer)?);
         }
         let norm = loader.vector(&[(Role::Replicated, "model.norm.weight".into())])?;
-        let head = if spec.tied_embeddings {
-            embedding.clone()
-        } else {
-            loader.matrix(&[(Role::Head, "lm_head.weight".into())])?
-        };
         let rope = backend.rope(positions.tables())?;
         report();
         Ok(Self {
@@ -237,11 +238,12 @@ impl<B: Backend> Model<B> {
         let tail = inputs.logit_tail().filter(|tail| tail.rows() < inputs.rows());
         let step = b.begin_step(inputs, kv)?;
         let last = self.layers.len().saturating_sub(1);
-        let mut x = b.all_reduce(b.embed(&self.embedding, self.first_id, self.vocab_size, &step)?)?;
+        // This rank's part of what is added to the residual stream next.
+        let mut x = b.embed(&self.embedding, self.first_id, self.vocab_size, &step)?;
         let mut residual = None;
         let mut narrowed = None;
         for (index, layer) in self.layers.iter().enumerate() {
-            let (normed, mut stream) = b.add_rms_norm(x, residual, &layer.input_norm, self.eps)?;
+            let (normed, mut stream) = b.all_reduce_add_rms_norm(x, residual, &layer.input_norm, self.eps)?;
             let qkv = b.linear(&normed, &layer.qkv)?;
             let mut q = b.rope_and_cache(qkv, layer.qkv_bias.as_ref(), &self.rope, &step, kv, index)?;
             if index == last {
@@ -256,22 +258,21 @@ impl<B: Backend> Model<B> {
             }
             let step = narrowed.as_ref().unwrap_or(&step);
             let attended = b.attention(&q, &self.rope, step, kv, index)?;
-            let attended = b.all_reduce(b.linear_to_residual(&attended, &layer.output)?)?;
+            let attended = b.linear_to_residual(&attended, &layer.output)?;
             let (normed, stream) =
-                b.add_rms_norm(attended, Some(stream), &layer.post_attention_norm, self.eps)?;
-            let mixed = match &layer.mlp {
+                b.all_reduce_add_rms_norm(attended, Some(stream), &layer.post_attention_norm, self.eps)?;
+            x = match &layer.mlp {
                 Mlp::Dense { gate_up, down } => {
                     b.linear_to_residual(&b.linear_silu_and_mul(&normed, gate_up)?, down)?
                 }
                 Mlp::Sparse(moe) => b.moe(&normed, moe)?,
             };
-            x = b.all_reduce(mixed)?;
             residual = Some(stream);
         }
         let step = narrowed.as_ref().unwrap_or(&step);
         let x = b.logit_rows(&x, step)?;
         let residual = residual.map(|stream| b.logit_rows(&stream, step)).transpose()?;
-        let (normed, _) = b.add_rms_norm(x, residual, &self.norm, self.eps)?;
+        let (normed, _) = b.all_reduce_add_rms_norm(x, residual, &self.norm, self.eps)?;
         Ok(Some(b.logits(&normed, &self.lm_head)?))
     }
 

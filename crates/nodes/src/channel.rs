@@ -8,7 +8,7 @@
 //! Integers are little-endian. Numbers count the frames of a direction, so none can be repeated, dropped or reordered.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use hmac::{Hmac, Mac};
@@ -35,6 +35,8 @@ pub mod kind {
     pub const REFUSAL: u8 = 3;
     pub const CONTROL: u8 = 4;
     pub const DATA: u8 = 5;
+    /// Nothing to say, but alive.
+    pub const BEAT: u8 = 6;
 }
 
 /// The secret that all nodes share.
@@ -113,6 +115,19 @@ impl Channel {
         self.peer = peer;
     }
 
+    /// The same connection twice: one end to send with, the other to receive with.
+    pub(crate) fn split(self) -> io::Result<(Self, Self)> {
+        let stream = self.stream.try_clone()?;
+        let sending = Self { stream, peer: self.peer.clone(), ..self };
+        Ok((sending, self))
+    }
+
+    /// Ends the connection for both ends; whoever reads or writes returns.
+    pub(crate) fn shutdown(&self) {
+        // It may have ended already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
     /// Who is at the other end, for messages.
     pub fn peer(&self) -> &str {
         &self.peer
@@ -161,8 +176,10 @@ impl Channel {
 
     fn lost(&self, error: &io::Error) -> NodesError {
         let message = match error.kind() {
-            io::ErrorKind::UnexpectedEof => "it closed the connection".into(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "it was silent until the deadline".into(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+                "it closed the connection".into()
+            }
+            _ if is_timeout(error) => "it was silent until the deadline".into(),
             _ => error.to_string(),
         };
         NodesError::Lost { peer: self.peer.clone(), message }
@@ -217,16 +234,21 @@ impl Channel {
         Ok(())
     }
 
-    fn read(&mut self, buffer: &mut [u8], deadline: Instant) -> Result<()> {
+    fn read(&mut self, buffer: &mut [u8], patience: &mut Patience) -> Result<()> {
         let mut filled = 0;
         while filled < buffer.len() {
-            let read = remaining(deadline)
-                .and_then(|left| self.stream.set_read_timeout(Some(left)))
-                .and_then(|()| self.stream.read(&mut buffer[filled..]));
+            let read = patience
+                .slice()
+                .and_then(|slice| self.stream.set_read_timeout(Some(slice)))
+                .and_then(|()| self.stream.read(buffer.get_mut(filled..).unwrap_or_default()));
             match read {
                 Ok(0) => return Err(self.lost(&io::ErrorKind::UnexpectedEof.into())),
-                Ok(n) => filled += n,
+                Ok(n) => {
+                    filled += n;
+                    patience.heard();
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if is_timeout(&e) && patience.lasts() => {}
                 Err(e) => return Err(self.lost(&e)),
             }
         }
@@ -235,8 +257,17 @@ impl Channel {
 
     /// The next frame. A wrong tag is [`NodesError::Key`].
     pub(crate) fn receive_frame(&mut self, most: usize, deadline: Instant) -> Result<(u8, Vec<u8>)> {
+        self.receive_patiently(most, &mut Patience::Until(deadline))
+    }
+
+    /// [`Self::receive_frame`] for as long as `patience` lasts.
+    pub(crate) fn receive_patiently(
+        &mut self,
+        most: usize,
+        patience: &mut Patience,
+    ) -> Result<(u8, Vec<u8>)> {
         let mut header = [0; HEADER_BYTES];
-        self.read(&mut header, deadline)?;
+        self.read(&mut header, patience)?;
         let [m0, m1, m2, m3, kind, z0, z1, z2, l0, l1, l2, l3] = header;
         if [m0, m1, m2, m3] != MAGIC || [z0, z1, z2] != [0; 3] {
             return Err(self.malformed("something that is not a frame"));
@@ -246,11 +277,11 @@ impl Channel {
             return Err(self.malformed(format!("a frame of {length} bytes; at most {most} are expected")));
         }
         let mut payload = vec![0; length];
-        self.read(&mut payload, deadline)?;
+        self.read(&mut payload, patience)?;
         // A refusal can be said to somebody without the key, or with another protocol.
         if let Some(session) = self.session.filter(|_| kind != kind::REFUSAL) {
             let mut tag = [0; TAG_BYTES];
-            self.read(&mut tag, deadline)?;
+            self.read(&mut tag, patience)?;
             let from = if self.side == Side::Leader { Side::Worker } else { Side::Leader };
             if self.tag(&session, from, self.received, &header, &payload).verify_slice(&tag).is_err() {
                 return Err(NodesError::Key { peer: self.peer.clone() });
@@ -265,6 +296,53 @@ impl Channel {
         self.session = None;
         self.send_frame(kind::REFUSAL, payload, deadline)
     }
+}
+
+/// How long a reader waits.
+pub(crate) enum Patience {
+    /// Until then, whatever comes.
+    Until(Instant),
+    /// While something comes: the silence allowed, and that so far, counted in slices of waiting. So a process that was
+    /// stopped itself, and finds on going on that much time has passed, does not blame the other side.
+    Silence { allowed: Duration, so_far: Duration },
+}
+
+impl Patience {
+    /// Longest wait at once.
+    const SLICE: Duration = Duration::from_millis(100);
+
+    pub(crate) fn silence(allowed: Duration) -> Self {
+        Patience::Silence { allowed, so_far: Duration::ZERO }
+    }
+
+    /// The next wait.
+    fn slice(&self) -> io::Result<Duration> {
+        match self {
+            Patience::Until(deadline) => remaining(*deadline),
+            Patience::Silence { .. } => Ok(Self::SLICE),
+        }
+    }
+
+    fn heard(&mut self) {
+        if let Patience::Silence { so_far, .. } = self {
+            *so_far = Duration::ZERO;
+        }
+    }
+
+    /// Whether to wait on after a slice in which nothing came.
+    fn lasts(&mut self) -> bool {
+        match self {
+            Patience::Until(_) => false,
+            Patience::Silence { allowed, so_far } => {
+                *so_far += Self::SLICE;
+                so_far < allowed
+            }
+        }
+    }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 fn remaining(deadline: Instant) -> io::Result<Duration> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum NodesError {
     /// The nodes do not fit together. Said on both sides.
-    #[error("rank {rank} does not fit the group: {field} is {worker}, the leader's is {leader}")]
+    #[error("node {rank} does not fit the group: {field} is {worker}, the leader's is {leader}")]
     Refused {
         /// The worker that was refused.
         rank: usize,
@@ -29,7 +29,7 @@ pub enum NodesError {
         message: String,
     },
     /// Not all ranks came.
-    #[error("after {after:?} rank {} had not joined{}", list(missing), note(refused))]
+    #[error("after {after:?} node {} had not joined{}", list(missing), note(refused))]
     Incomplete {
         /// The ranks that are missing.
         missing: Vec<usize>,

@@ -9,8 +9,13 @@
 //!                                   ◄──   CONTROL  start            when all ranks are there (or ended: reason)
 //! ```
 //! The format of HELLO and REFUSAL never changes, so that different versions can tell each other so.
+//!
+//! A node that has the key and does not fit ends the group at once, on all sides: a launcher that starts it again would start
+//! the same. Whoever has another key, or speaks another protocol, is a stranger to the leader, which says so and waits on: a
+//! stranger must not be able to end a group. Such a worker ends by itself, and the leader at the end of its patience.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
@@ -35,11 +40,17 @@ pub struct Timeouts {
     pub join: Duration,
     /// For one handshake.
     pub greeting: Duration,
+    /// Between two lines that say who is still missing.
+    pub notice: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { join: Duration::from_secs(600), greeting: Duration::from_secs(10) }
+        Self {
+            join: Duration::from_secs(600),
+            greeting: Duration::from_secs(10),
+            notice: Duration::from_secs(10),
+        }
     }
 }
 
@@ -48,6 +59,73 @@ impl Default for Timeouts {
 struct Joining {
     rank: usize,
     identity: Identity,
+}
+
+/// What happens while nodes wait for each other: a line for a log.
+#[derive(Debug)]
+pub enum Waiting<'a> {
+    /// The leader turned a connection away and waits on.
+    TurnedAway(&'a NodesError),
+    /// The leader still waits for some ranks.
+    ForRanks {
+        /// Who is missing.
+        missing: Vec<usize>,
+        /// How long it has waited.
+        since: Duration,
+    },
+    /// A worker still waits for the leader.
+    ForLeader {
+        /// Where it should listen.
+        leader: &'a str,
+        /// The last failure.
+        message: &'a str,
+        /// How long it has waited.
+        since: Duration,
+    },
+    /// A worker has joined; others are still missing.
+    Joined {
+        /// Where the leader listens.
+        leader: &'a str,
+    },
+}
+
+impl fmt::Display for Waiting<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Waiting::TurnedAway(error) => write!(f, "turned away: {error}"),
+            Waiting::ForRanks { missing, since } => {
+                let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
+                write!(f, "waiting for node {} for {} s", missing.join(", "), since.as_secs())
+            }
+            Waiting::ForLeader { leader, message, since } => {
+                write!(f, "waiting for the leader at {leader} for {} s: {message}", since.as_secs())
+            }
+            Waiting::Joined { leader } => write!(f, "joined the leader at {leader}, waiting for the others"),
+        }
+    }
+}
+
+/// When the next line that still waits is due.
+struct Notices {
+    start: Instant,
+    every: Duration,
+    next: Duration,
+}
+
+impl Notices {
+    fn new(every: Duration) -> Self {
+        Self { start: Instant::now(), every, next: every }
+    }
+
+    /// How long has been waited, when a line is due.
+    fn due(&mut self) -> Option<Duration> {
+        let since = self.start.elapsed();
+        let due = since >= self.next;
+        while since >= self.next {
+            self.next += self.every.max(Duration::from_millis(1));
+        }
+        due.then_some(since)
+    }
 }
 
 /// What differs.
@@ -109,8 +187,8 @@ impl Leader {
 
     /// Waits for ranks 1 to `identity.world_size - 1` and starts them together: their channels, in rank order.
     ///
-    /// Whoever has no key of ours, or speaks another protocol, is turned away and given to `report`; the others can
-    /// still come. So is a rank that joined and was lost before all were there: started again, it takes its place.
+    /// Whoever has no key of ours, or speaks another protocol, is turned away, which `report` hears; the others can still
+    /// come. So is a rank that joined and was lost before all were there: started again, it takes its place.
     ///
     /// # Errors
     /// [`NodesError::Refused`] when a node does not fit, [`NodesError::Incomplete`] at the deadline,
@@ -120,7 +198,7 @@ impl Leader {
         key: &Key,
         identity: &Identity,
         timeouts: Timeouts,
-        report: &mut dyn FnMut(&NodesError),
+        report: &mut dyn FnMut(&Waiting<'_>),
     ) -> Result<Vec<Channel>> {
         let mut joined = BTreeMap::new();
         let gathered = self.accept_all(key, identity, timeouts, report, &mut joined);
@@ -143,10 +221,14 @@ impl Leader {
         key: &Key,
         identity: &Identity,
         timeouts: Timeouts,
-        report: &mut dyn FnMut(&NodesError),
+        report: &mut dyn FnMut(&Waiting<'_>),
         joined: &mut BTreeMap<usize, Channel>,
     ) -> Result<()> {
         let deadline = Instant::now() + timeouts.join;
+        let mut notices = Notices::new(timeouts.notice);
+        let missing = |joined: &BTreeMap<usize, Channel>| -> Vec<usize> {
+            (1..identity.world_size).filter(|rank| !joined.contains_key(rank)).collect()
+        };
         let mut refused = None;
         let (send, greeted) = mpsc::channel();
         // Connections in a handshake, so that silent ones can be cut when this is over.
@@ -158,7 +240,7 @@ impl Leader {
                 joined.retain(|_, channel: &mut Channel| {
                     let open = channel.is_open();
                     if !open {
-                        report(&channel.closed());
+                        report(&Waiting::TurnedAway(&channel.closed()));
                     }
                     open
                 });
@@ -166,9 +248,11 @@ impl Leader {
                     break Ok(());
                 }
                 if Instant::now() >= deadline {
-                    let missing =
-                        (1..identity.world_size).filter(|rank| !joined.contains_key(rank)).collect();
+                    let missing = missing(joined);
                     break Err(NodesError::Incomplete { missing, after: timeouts.join, refused });
+                }
+                if let Some(since) = notices.due() {
+                    report(&Waiting::ForRanks { missing: missing(joined), since });
                 }
                 if let Ok((stream, _)) = self.listener.accept()
                     && greetings.len() < MOST_GREETINGS
@@ -193,7 +277,7 @@ impl Leader {
                     Ok(()) => {}
                     Err(error @ NodesError::Refused { .. }) => break Err(error),
                     Err(error) => {
-                        report(&error);
+                        report(&Waiting::TurnedAway(&error));
                         refused = Some(error.to_string());
                     }
                 }
@@ -247,7 +331,7 @@ fn greet(stream: TcpStream, key: &Key, identity: &Identity, timeouts: Timeouts) 
         return Err(channel.malformed(format!("a frame of kind {kind} instead of its identity")));
     }
     let joining: Joining = decode(&channel, &joining)?;
-    channel.set_peer(format!("rank {} at {}", joining.rank, channel.peer()));
+    channel.set_peer(format!("node {} at {}", joining.rank, channel.peer()));
     if let Some((field, leader, worker)) = identity.difference(&joining.identity) {
         return Err(refuse(&mut channel, joining.rank, field, leader, worker));
     }
@@ -271,11 +355,11 @@ fn admit(
 ) -> Result<()> {
     if rank == 0 || rank >= identity.world_size {
         let expected = format!("1 to {}", identity.world_size.saturating_sub(1));
-        return Err(refuse(&mut channel, rank, "rank", expected, rank.to_string()));
+        return Err(refuse(&mut channel, rank, "node rank", expected, rank.to_string()));
     }
     if let Some(other) = joined.get(&rank).filter(|other| other.is_open()) {
         let taken = format!("taken by {}", other.peer());
-        return Err(refuse(&mut channel, rank, "rank", taken, rank.to_string()));
+        return Err(refuse(&mut channel, rank, "node rank", taken, rank.to_string()));
     }
     answer(&mut channel, &Answer::Accepted)?;
     joined.insert(rank, channel);
@@ -293,8 +377,10 @@ pub fn join(
     key: &Key,
     identity: &Identity,
     timeouts: Timeouts,
+    report: &mut dyn FnMut(&Waiting<'_>),
 ) -> Result<Channel> {
     let deadline = Instant::now() + timeouts.join;
+    let mut notices = Notices::new(timeouts.notice);
     let mut nap = Duration::from_millis(20);
     loop {
         let attempt = connect(leader, timeouts.greeting)
@@ -302,6 +388,7 @@ pub fn join(
             .and_then(|stream| present(stream, leader, rank, key, identity, timeouts));
         match attempt {
             Ok(mut channel) => {
+                report(&Waiting::Joined { leader });
                 return match receive_answer(&mut channel, deadline)? {
                     Answer::Start => Ok(channel),
                     Answer::Ended(message) => Err(NodesError::Ended { message }),
@@ -313,6 +400,9 @@ pub fn join(
                 if Instant::now() + nap >= deadline {
                     let leader = leader.into();
                     return Err(NodesError::NoLeader { leader, after: timeouts.join, message });
+                }
+                if let Some(since) = notices.due() {
+                    report(&Waiting::ForLeader { leader, message: &message, since });
                 }
                 std::thread::sleep(nap);
                 nap = (2 * nap).min(Duration::from_secs(1));

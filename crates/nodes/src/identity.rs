@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-/// Version of the handshake and of the frames.
+/// Version of the handshake, of the frames, and of what nodes tell each other in them.
 pub const PROTOCOL: u32 = 1;
 
 /// What must be equal on all nodes of a group.

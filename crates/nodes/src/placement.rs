@@ -5,7 +5,7 @@ use std::fmt;
 pub struct PlacementFlags {
     /// `--node-rank`.
     pub rank: Option<usize>,
-    /// `--nodes`.
+    /// `--nnodes`.
     pub size: Option<usize>,
     /// `--leader`: `host` or `host:port`.
     pub leader: Option<String>,
@@ -75,7 +75,7 @@ pub enum PlacementError {
         flag: &'static str,
     },
     /// A rank beyond the group.
-    #[error("rank {rank} in a group of {size} ({launcher}); ranks start at 0")]
+    #[error("node rank {rank} in a group of {size} nodes ({launcher}); ranks start at 0")]
     Range {
         /// The rank.
         rank: usize,
@@ -155,9 +155,9 @@ impl Placement {
         };
         let launcher = said.launcher;
         let missing = |what, flag| PlacementError::Missing { launcher, what, flag };
-        let size = flags.size.or(said.size).ok_or_else(|| missing("the number of nodes", "--nodes"))?;
+        let size = flags.size.or(said.size).ok_or_else(|| missing("the number of nodes", "--nnodes"))?;
         if size == 0 {
-            let name = if flags.size.is_some() { "--nodes" } else { "the number of nodes" };
+            let name = if flags.size.is_some() { "--nnodes" } else { "the number of nodes" };
             return Err(PlacementError::Value {
                 name: name.into(),
                 value: "0".into(),
@@ -353,11 +353,11 @@ mod tests {
             (
                 PlacementFlags { rank: Some(0), ..Default::default() },
                 vec![],
-                "the flags does not say the number of nodes; give --nodes",
+                "the flags does not say the number of nodes; give --nnodes",
             ),
             (PlacementFlags { size: Some(2), ..Default::default() }, vec![], "give --node-rank"),
-            (flags(2, 2, "a"), vec![], "rank 2 in a group of 2"),
-            (flags(0, 0, "a"), vec![], "--nodes is \"0\""),
+            (flags(2, 2, "a"), vec![], "node rank 2 in a group of 2 nodes"),
+            (flags(0, 0, "a"), vec![], "--nnodes is \"0\""),
             (
                 PlacementFlags::default(),
                 vec![("LWS_GROUP_SIZE", "two"), ("LWS_WORKER_INDEX", "0")],

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use longhaul_nodes::{Channel, Identity, Key, Leader, NodesError, PROTOCOL, Timeouts, join};
+use longhaul_nodes::{Channel, Identity, Key, Leader, NodesError, PROTOCOL, Timeouts, Waiting, join};
 
 type Result<T> = std::result::Result<T, NodesError>;
 
@@ -24,9 +24,17 @@ fn identity(world_size: usize) -> Identity {
 }
 
 /// Long enough for a busy machine where something is to happen.
-const PATIENT: Timeouts = Timeouts { join: Duration::from_secs(60), greeting: Duration::from_secs(30) };
+const PATIENT: Timeouts = Timeouts {
+    join: Duration::from_secs(60),
+    greeting: Duration::from_secs(30),
+    notice: Duration::from_secs(10),
+};
 /// For what is to time out.
-const HASTY: Timeouts = Timeouts { join: Duration::from_secs(2), greeting: Duration::from_secs(1) };
+const HASTY: Timeouts = Timeouts {
+    join: Duration::from_secs(2),
+    greeting: Duration::from_secs(1),
+    notice: Duration::from_millis(300),
+};
 
 fn leader() -> (Leader, SocketAddr) {
     let leader = Leader::bind("127.0.0.1:0").unwrap();
@@ -43,7 +51,8 @@ fn meet(
     let (leader, address) = leader();
     let mut reports = Vec::new();
     std::thread::scope(|scope| {
-        let worker = scope.spawn(move || join(&address.to_string(), rank, &worker_key, &theirs, PATIENT));
+        let worker =
+            scope.spawn(move || join(&address.to_string(), rank, &worker_key, &theirs, PATIENT, &mut |_| ()));
         let led = leader.gather(&key(), ours, timeouts, &mut |error| reports.push(error.to_string()));
         (led, worker.join().unwrap(), reports)
     })
@@ -59,7 +68,9 @@ fn nodes_meet_in_any_order_and_talk() {
             let workers: Vec<_> = [3, 1, 2]
                 .map(|rank| {
                     let identity = &identity;
-                    scope.spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT).unwrap())
+                    scope.spawn(move || {
+                        join(&address.to_string(), rank, &key(), identity, PATIENT, &mut |_| ()).unwrap()
+                    })
                 })
                 .into();
             if leader_is_late {
@@ -71,7 +82,7 @@ fn nodes_meet_in_any_order_and_talk() {
                 .unwrap();
             assert_eq!(channels.len(), 3);
             for (rank, channel) in (1u8..).zip(&mut channels) {
-                assert!(channel.peer().starts_with(&format!("rank {rank} at 127.0.0.1:")));
+                assert!(channel.peer().starts_with(&format!("node {rank} at 127.0.0.1:")));
                 channel.send(&[rank; 128], PATIENT.join).unwrap();
             }
             for (rank, worker) in [3u8, 1, 2].into_iter().zip(workers) {
@@ -112,8 +123,8 @@ fn nodes_that_do_not_fit_are_refused_on_both_sides() {
         ("tokenizer", 1, changed(|i| i.tokenizer = "t2".into()), "t1", "t2"),
         ("plan", 1, changed(|i| i.plan = "p2".into()), "p1", "p2"),
         ("world size", 1, changed(|i| i.world_size = 3), "2", "3"),
-        ("rank", 0, identity(2), "1 to 1", "0"),
-        ("rank", 2, identity(2), "1 to 1", "2"),
+        ("node rank", 0, identity(2), "1 to 1", "0"),
+        ("node rank", 2, identity(2), "1 to 1", "2"),
     ];
     for (field, rank, theirs, leader_value, worker_value) in cases {
         let (led, joined, _) = meet(&identity(2), (rank, theirs, key()), PATIENT);
@@ -140,7 +151,7 @@ fn another_protocol_is_refused_on_both_sides() {
     assert_eq!(error.exit_code(), 65);
     assert!(reports[0].contains("protocol 2, the leader's is 1"), "{reports:?}");
     let error = led.map(|_| ()).unwrap_err().to_string();
-    assert!(error.contains("rank 1 had not joined") && error.contains("protocol 2"), "{error}");
+    assert!(error.contains("node 1 had not joined") && error.contains("protocol 2"), "{error}");
 }
 
 #[test]
@@ -162,14 +173,17 @@ fn a_rank_can_be_taken_once_while_it_lives() {
     std::thread::scope(|scope| {
         let start = || {
             let identity = &identity;
-            scope.spawn(move || join(&address.to_string(), 1, &key(), identity, PATIENT))
+            scope.spawn(move || join(&address.to_string(), 1, &key(), identity, PATIENT, &mut |_| ()))
         };
         let workers = [start(), start()];
         let led = leader.gather(&key(), &identity, PATIENT, &mut |_| ()).map(|_| ()).unwrap_err();
-        assert!(led.to_string().contains("rank is 1, the leader's is taken by rank 1 at 127.0.0.1"), "{led}");
+        assert!(
+            led.to_string().contains("node rank is 1, the leader's is taken by node 1 at 127.0.0.1"),
+            "{led}"
+        );
         let mut ends = workers.map(|worker| worker.join().unwrap().map(|_| ()).unwrap_err());
         ends.sort_by_key(NodesError::exit_code);
-        assert!(matches!(&ends[0], NodesError::Refused { field, .. } if field == "rank"), "{}", ends[0]);
+        assert!(matches!(&ends[0], NodesError::Refused { field, .. } if field == "node rank"), "{}", ends[0]);
         // The first one had joined, and is told why the group ended.
         assert!(
             matches!(&ends[1], NodesError::Ended { message } if message.contains("taken")),
@@ -189,10 +203,10 @@ fn a_worker_that_was_started_again_takes_its_place() {
             let identity = &identity;
             let led = scope.spawn(move || leader.gather(&key(), identity, PATIENT, &mut |_| ()));
             // Gives up waiting for rank 2 and closes its connection.
-            assert!(join(&address.to_string(), 1, &key(), identity, HASTY).is_err());
+            assert!(join(&address.to_string(), 1, &key(), identity, HASTY, &mut |_| ()).is_err());
             let joins = order.map(|rank| {
-                let joining =
-                    scope.spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT));
+                let joining = scope
+                    .spawn(move || join(&address.to_string(), rank, &key(), identity, PATIENT, &mut |_| ()));
                 std::thread::sleep(Duration::from_millis(200));
                 joining
             });
@@ -234,7 +248,7 @@ fn strangers_do_not_harm_the_group() {
                 .map(|c| c.len())
         });
         let reports: Vec<String> = reports.iter().take(4).collect();
-        join(&address.to_string(), 1, &key(), identity, PATIENT).unwrap();
+        join(&address.to_string(), 1, &key(), identity, PATIENT, &mut |_| ()).unwrap();
         assert_eq!(led.join().unwrap().unwrap(), 1);
         let reports = reports.join("\n");
         for words in ["not a frame", "4294967295 bytes; at most 4096", "no greeting", "closed the connection"]
@@ -251,13 +265,16 @@ fn who_does_not_come_is_named_and_those_who_came_are_told() {
     let (leader, address) = leader();
     let identity = identity(4);
     std::thread::scope(|scope| {
-        let worker = scope.spawn(|| join(&address.to_string(), 2, &key(), &identity, PATIENT));
-        let timeouts = Timeouts { join: Duration::from_secs(2), ..PATIENT };
-        let error = leader.gather(&key(), &identity, timeouts, &mut |_| ()).map(|_| ()).unwrap_err();
-        assert_eq!(error.to_string(), "after 2s rank 1, 3 had not joined");
+        let worker = scope.spawn(|| join(&address.to_string(), 2, &key(), &identity, PATIENT, &mut |_| ()));
+        let mut waited = Vec::new();
+        let mut report = |waiting: &Waiting<'_>| waited.push(waiting.to_string());
+        let timeouts = Timeouts { greeting: PATIENT.greeting, ..HASTY };
+        let error = leader.gather(&key(), &identity, timeouts, &mut report).map(|_| ()).unwrap_err();
+        assert!(waited.last().unwrap().starts_with("waiting for node 1, 3 for "), "{waited:?}");
+        assert_eq!(error.to_string(), "after 2s node 1, 3 had not joined");
         assert_eq!(error.exit_code(), 75);
         let error = worker.join().unwrap().map(|_| ()).unwrap_err();
-        assert!(matches!(&error, NodesError::Ended { message } if message.contains("rank 1, 3")), "{error}");
+        assert!(matches!(&error, NodesError::Ended { message } if message.contains("node 1, 3")), "{error}");
         assert_eq!(error.exit_code(), 75);
     });
 }
@@ -265,7 +282,11 @@ fn who_does_not_come_is_named_and_those_who_came_are_told() {
 #[test]
 fn a_leader_that_never_comes_is_named() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let error = join(&address.to_string(), 1, &key(), &identity(2), HASTY).map(|_| ()).unwrap_err();
+    let mut waited = Vec::new();
+    let mut report = |waiting: &Waiting<'_>| waited.push(waiting.to_string());
+    let error =
+        join(&address.to_string(), 1, &key(), &identity(2), HASTY, &mut report).map(|_| ()).unwrap_err();
+    assert!(waited[0].starts_with(&format!("waiting for the leader at {address} for ")), "{waited:?}");
     assert!(matches!(error, NodesError::NoLeader { .. }) && error.exit_code() == 75, "{error}");
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
@@ -297,8 +318,8 @@ fn a_changed_frame_is_noticed() {
                 let _ = to.shutdown(std::net::Shutdown::Both);
             });
         });
-        let worker =
-            scope.spawn(|| join(&middle_address.to_string(), 1, &key(), &identity, PATIENT).unwrap());
+        let worker = scope
+            .spawn(|| join(&middle_address.to_string(), 1, &key(), &identity, PATIENT, &mut |_| ()).unwrap());
         let mut channels = leader.gather(&key(), &identity, PATIENT, &mut |_| ()).unwrap();
         channels[0].send(b"plan", PATIENT.join).unwrap();
         channels[0].send(b"token 17", PATIENT.join).unwrap();

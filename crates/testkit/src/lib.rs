@@ -10,6 +10,7 @@
 mod assert;
 mod checkpoint;
 mod config;
+mod dummy_checkpoint;
 mod fake_cuda;
 mod golden;
 mod safetensors_file;
@@ -18,6 +19,7 @@ mod tokenizer;
 pub use assert::{assert_close, max_relative_to_max};
 pub use checkpoint::{TinyCheckpoint, TinyModel};
 pub use config::{TinyConfig, TinyMoe};
+pub use dummy_checkpoint::write_dummy_checkpoint;
 pub use fake_cuda::{FakeCuda, fake_cuda, with_fake_cuda};
 pub use golden::{Golden, golden_cases, goldens_dir};
 pub use safetensors_file::{TinyTensor, edit_header, encode_safetensors};

@@ -30,7 +30,7 @@ impl TinyTensor {
 }
 
 /// Safetensors' spelling of a dtype.
-fn dtype_name(dtype: DType) -> &'static str {
+pub(crate) fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "F32",
         DType::F16 => "F16",
@@ -68,7 +68,7 @@ pub fn edit_header(bytes: &[u8], edit: impl FnOnce(&mut Map<String, Value>)) -> 
 }
 
 /// Length, header padded with spaces to 8 bytes, data.
-fn join(header: &Map<String, Value>, data: &[u8]) -> Vec<u8> {
+pub(crate) fn join(header: &Map<String, Value>, data: &[u8]) -> Vec<u8> {
     let mut text = Value::Object(header.clone()).to_string().into_bytes();
     text.resize(text.len().next_multiple_of(8), b' ');
     let mut bytes = (text.len() as u64).to_le_bytes().to_vec();

@@ -229,6 +229,15 @@ impl TensorSource for Checkpoint {
         self.total
     }
 
+    fn inventory(&self) -> Vec<String> {
+        let line = |(name, t): (&String, &Accepted)| {
+            format!("{name} {} {:?} {} bytes at {} of file {}", t.dtype, t.shape, t.bytes, t.offset, t.shard)
+        };
+        let mut lines: Vec<String> = self.tensors.iter().map(line).collect();
+        lines.sort_unstable();
+        lines
+    }
+
     fn bytes_read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
     }

@@ -76,6 +76,15 @@ impl TensorSource for Dummy {
             .map_err(|source| WeightsError::Tensor { tensor: name.to_owned(), source })
     }
 
+    fn inventory(&self) -> Vec<String> {
+        let line = |(name, shape): (&String, &Vec<usize>)| {
+            format!("{name} {} {shape:?} of seed {}", self.dtype, self.seed)
+        };
+        let mut lines: Vec<String> = self.tensors.iter().map(line).collect();
+        lines.sort_unstable();
+        lines
+    }
+
     fn total_bytes(&self) -> u64 {
         let bytes = |shape: &Vec<usize>| {
             shape.iter().fold(self.dtype.size() as u64, |n, &d| n.saturating_mul(d as u64))

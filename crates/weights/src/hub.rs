@@ -19,26 +19,36 @@ use crate::{DownloadProgress, HubOptions, Result, StderrBar, WeightsError};
 /// Attempts for one file; an interrupted download continues where it stopped.
 const ATTEMPTS: usize = 3;
 
+/// Which of a model's files are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Config, tokenizer and templates: what describes it, a few megabytes.
+    Description,
+    /// Its weights, too.
+    Weights,
+}
+
 /// The directory of `model`, with settings from the environment and a progress bar on standard error.
 ///
 /// `offline` forbids connections even where `HF_HUB_OFFLINE` does not.
 ///
 /// # Errors
 /// As [`locate_with`].
-pub fn locate(model: &str, offline: bool) -> Result<PathBuf> {
+pub fn locate(model: &str, wanted: Wanted, offline: bool) -> Result<PathBuf> {
     let mut options = HubOptions::from_env();
     options.offline |= offline;
-    locate_with(model, &options, &mut StderrBar::new())
+    locate_with(model, wanted, &options, &mut StderrBar::new())
 }
 
-/// The directory of `model`: an existing directory, or a hub id `org/name[@revision]` from the cache or, if it is not
-/// complete there, from the hub.
+/// The directory of `model`: an existing directory, or a hub id `org/name[@revision]` from the cache or, if what is wanted is
+/// not there, from the hub.
 ///
 /// # Errors
 /// [`WeightsError::ModelId`] for what is neither, [`WeightsError::Unavailable`] when a hub model cannot be had, with the
 /// reason and the remedies.
 pub fn locate_with(
     model: &str,
+    wanted: Wanted,
     options: &HubOptions,
     progress: &mut dyn DownloadProgress,
 ) -> Result<PathBuf> {
@@ -61,7 +71,7 @@ pub fn locate_with(
     let cached = snapshot(&options.cache_dir, &id);
     let missing = match &cached {
         Some(dir) => {
-            let missing = missing_files(dir)?;
+            let missing = missing_files(dir, wanted)?;
             if missing.is_empty() {
                 return Ok(dir.clone());
             }
@@ -69,7 +79,7 @@ pub fn locate_with(
         }
         None => Vec::new(),
     };
-    let download = Download { id: &id, options, missing };
+    let download = Download { id: &id, wanted, options, missing };
     if options.offline {
         return Err(download.unavailable("offline mode is on (HF_HUB_OFFLINE or the offline flag)"));
     }
@@ -79,6 +89,7 @@ pub fn locate_with(
 /// One model's download.
 struct Download<'a> {
     id: &'a HubId,
+    wanted: Wanted,
     options: &'a HubOptions,
     /// What a partial cache entry lacked at the start, for messages.
     missing: Vec<String>,
@@ -123,22 +134,24 @@ impl Download<'_> {
         if let Some(name) = REQUIRED.iter().find(|name| !offered(name)) {
             return Err(self.unavailable(format!("the repository has no {name}")));
         }
-        let weights = [SINGLE_FILE, INDEX_FILE].into_iter().find(|name| offered(name)).ok_or_else(|| {
-            self.unavailable(
+        let weights = [SINGLE_FILE, INDEX_FILE].into_iter().find(|name| offered(name));
+        if self.wanted == Wanted::Weights && weights.is_none() {
+            return Err(self.unavailable(
                 "the repository has no model.safetensors and no index of shards; no other format is read",
-            )
-        })?;
+            ));
+        }
         for name in REQUIRED.iter().chain(OPTIONAL.iter().filter(|name| offered(name))) {
             files.fetch(name, &info.sha, progress)?;
         }
-        let weights_path = files.fetch(weights, &info.sha, progress)?;
-        if weights == INDEX_FILE {
-            for shard in shards(&weights_path)? {
+        if let Some(weights) = weights.filter(|_| self.wanted == Wanted::Weights) {
+            let path = files.fetch(weights, &info.sha, progress)?;
+            let shards = if weights == INDEX_FILE { shards(&path)? } else { Vec::new() };
+            for shard in shards {
                 files.fetch(&shard, &info.sha, progress)?;
             }
         }
         let dir = cache_dir.join(self.id.cache_folder()).join("snapshots").join(&info.sha);
-        match missing_files(&dir)? {
+        match missing_files(&dir, self.wanted)? {
             missing if missing.is_empty() => Ok(dir),
             missing => Err(self.unavailable(format!("{} did not arrive", missing.join(", ")))),
         }

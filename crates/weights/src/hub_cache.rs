@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::Result;
 use crate::checkpoint::SINGLE_FILE;
 use crate::hub_id::{self, HubId};
 use crate::index::{self, INDEX_FILE};
+use crate::{Result, Wanted};
 
 /// Files without which no model starts.
 pub(crate) const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
@@ -27,14 +27,14 @@ pub(crate) fn snapshot(cache_dir: &Path, id: &HubId) -> Option<PathBuf> {
     snapshot.is_dir().then_some(snapshot)
 }
 
-/// The files that `dir` lacks to be loaded; links whose blob is gone count as lacking.
+/// The files that `dir` lacks for what is wanted; links whose blob is gone count as lacking.
 ///
 /// # Errors
 /// [`crate::WeightsError`] when the shard index is there but wrong.
-pub(crate) fn missing_files(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn missing_files(dir: &Path, wanted: Wanted) -> Result<Vec<String>> {
     let lacks = |name: &str| !dir.join(name).is_file();
     let mut missing: Vec<String> = REQUIRED.iter().filter(|n| lacks(n)).map(|n| (*n).to_owned()).collect();
-    if lacks(SINGLE_FILE) {
+    if wanted == Wanted::Weights && lacks(SINGLE_FILE) {
         if lacks(INDEX_FILE) {
             missing.push(format!("{SINGLE_FILE} or {INDEX_FILE}"));
         } else {

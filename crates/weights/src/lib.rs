@@ -31,7 +31,7 @@ mod storage;
 pub use checkpoint::Checkpoint;
 pub use dummy::Dummy;
 pub use error::{Result, WeightsError};
-pub use hub::{locate, locate_with};
+pub use hub::{Wanted, locate, locate_with};
 pub use hub_options::HubOptions;
 pub use progress::{DownloadProgress, StderrBar};
 pub use slice::Slice;

@@ -35,6 +35,9 @@ pub trait TensorSource {
     /// Bytes of all expected tensors together, each counted once and whole.
     fn total_bytes(&self) -> u64;
 
+    /// What tells this source from another, short of its data: one line a tensor, in the order of their names.
+    fn inventory(&self) -> Vec<String>;
+
     /// Bytes of tensor data read (or generated) so far, over all threads; headers do not count.
     fn bytes_read(&self) -> u64;
 }

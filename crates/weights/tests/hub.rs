@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use longhaul_testkit::{TinyCheckpoint, TinyConfig};
-use longhaul_weights::{DownloadProgress, HubOptions, WeightsError, locate_with};
+use longhaul_weights::{DownloadProgress, HubOptions, Wanted, WeightsError, locate_with};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const ID: &str = "Org/Tiny-1";
@@ -22,6 +22,14 @@ fn options(cache_dir: &Path) -> HubOptions {
         endpoint: "http://127.0.0.1:9".to_owned(),
         token: None,
     }
+}
+
+fn locate_all(
+    model: &str,
+    options: &HubOptions,
+    progress: &mut dyn DownloadProgress,
+) -> Result<PathBuf, WeightsError> {
+    locate_with(model, Wanted::Weights, options, progress)
 }
 
 /// Writes `files` as a cached model: a ref, a snapshot of links, blobs.
@@ -47,12 +55,12 @@ fn fill_cache(cache: &Path, files: &BTreeMap<String, Vec<u8>>, revision: &str) -
 fn a_directory_is_taken_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_str().unwrap();
-    assert_eq!(locate_with(path, &options(dir.path()), &mut ()).unwrap(), dir.path());
+    assert_eq!(locate_all(path, &options(dir.path()), &mut ()).unwrap(), dir.path());
     let nowhere = format!("{path}/nowhere");
-    let error = locate_with(&nowhere, &options(dir.path()), &mut ()).unwrap_err();
+    let error = locate_all(&nowhere, &options(dir.path()), &mut ()).unwrap_err();
     assert!(matches!(error, WeightsError::NoSuchDirectory { .. }), "{error}");
     std::fs::write(dir.path().join("x.safetensors"), b"").unwrap();
-    let error = locate_with(&format!("{path}/x.safetensors"), &options(dir.path()), &mut ()).unwrap_err();
+    let error = locate_all(&format!("{path}/x.safetensors"), &options(dir.path()), &mut ()).unwrap_err();
     assert!(matches!(error, WeightsError::NotADirectory { .. }), "{error}");
 }
 
@@ -72,7 +80,7 @@ fn strange_ids_are_refused_before_anything_is_touched() {
         "a\\b",
         "a/b\0",
     ] {
-        let error = locate_with(model, &options(dir.path()), &mut ()).unwrap_err();
+        let error = locate_all(model, &options(dir.path()), &mut ()).unwrap_err();
         let kind = matches!(error, WeightsError::ModelId { .. } | WeightsError::NoSuchDirectory { .. });
         assert!(kind, "{model:?}: {error}");
     }
@@ -88,7 +96,7 @@ fn a_complete_snapshot_is_found_by_branch_tag_and_commit() {
         let snapshot = fill_cache(cache.path(), &files, "main");
         fill_cache_ref(cache.path(), "refs/pr/1");
         for id in [ID, "Org/Tiny-1@main", "Org/Tiny-1@refs/pr/1", &format!("{ID}@{COMMIT}")] {
-            let found = locate_with(id, &options(cache.path()), &mut ()).unwrap();
+            let found = locate_all(id, &options(cache.path()), &mut ()).unwrap();
             assert_eq!(found, snapshot, "{id}");
         }
         common::open(&snapshot, &config).unwrap();
@@ -104,7 +112,7 @@ fn fill_cache_ref(cache: &Path, revision: &str) {
 #[test]
 fn offline_and_absent_says_where_it_looked_and_what_to_do() {
     let cache = tempfile::tempdir().unwrap();
-    let error = locate_with(ID, &options(cache.path()), &mut ()).unwrap_err();
+    let error = locate_all(ID, &options(cache.path()), &mut ()).unwrap_err();
     let text = error.to_string();
     let folder = cache.path().join("models--Org--Tiny-1").display().to_string();
     for part in
@@ -124,13 +132,13 @@ fn an_incomplete_snapshot_says_what_is_missing() {
     ] {
         let cache = tempfile::tempdir().unwrap();
         fill_cache(cache.path(), &TinyCheckpoint::dense().shards(shards).remove(drop).files(), "main");
-        let error = locate_with(ID, &options(cache.path()), &mut ()).unwrap_err().to_string();
+        let error = locate_all(ID, &options(cache.path()), &mut ()).unwrap_err().to_string();
         assert!(error.contains("incomplete in the hub cache") && error.contains(expected), "{drop}: {error}");
     }
     // Not needed to start.
     let cache = tempfile::tempdir().unwrap();
     fill_cache(cache.path(), &TinyCheckpoint::dense().remove("generation_config.json").files(), "main");
-    assert!(locate_with(ID, &options(cache.path()), &mut ()).is_ok());
+    assert!(locate_all(ID, &options(cache.path()), &mut ()).is_ok());
 }
 
 #[test]
@@ -141,7 +149,7 @@ fn a_ref_file_cannot_point_out_of_the_cache() {
     std::fs::create_dir(&outside).unwrap();
     TinyCheckpoint::dense().write(&outside);
     std::fs::write(cache.path().join("models--Org--Tiny-1/refs/main"), "../../outside").unwrap();
-    let error = locate_with(ID, &options(cache.path()), &mut ()).unwrap_err();
+    let error = locate_all(ID, &options(cache.path()), &mut ()).unwrap_err();
     assert!(matches!(error, WeightsError::Unavailable { .. }), "{error}");
 }
 
@@ -152,7 +160,7 @@ fn no_network_is_explained() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let online =
         HubOptions { offline: false, endpoint: format!("http://{address}"), ..options(cache.path()) };
-    let text = locate_with(ID, &online, &mut ()).unwrap_err().to_string();
+    let text = locate_all(ID, &online, &mut ()).unwrap_err().to_string();
     for part in [&address.to_string(), "cannot be reached", "Remedies"] {
         assert!(text.contains(part), "`{part}` is not in: {text}");
     }
@@ -303,7 +311,7 @@ fn what_is_needed_is_downloaded_once_and_found_offline_afterwards() {
         let hub = FakeHub::start(files, Faults::default());
         let cache = tempfile::tempdir().unwrap();
         let mut progress = Recorder::default();
-        let dir = locate_with(ID, &online(cache.path(), &hub), &mut progress).unwrap();
+        let dir = locate_all(ID, &online(cache.path(), &hub), &mut progress).unwrap();
         for (name, bytes) in &needed {
             assert_eq!(&std::fs::read(dir.join(name)).unwrap(), bytes, "{name}");
         }
@@ -314,9 +322,31 @@ fn what_is_needed_is_downloaded_once_and_found_offline_afterwards() {
         assert_eq!((progress.bytes, progress.finished), (expected, needed.len()));
 
         let requests = hub.requests_for("");
-        assert_eq!(locate_with(ID, &online(cache.path(), &hub), &mut ()).unwrap(), dir);
-        assert_eq!(locate_with(ID, &options(cache.path()), &mut ()).unwrap(), dir);
+        assert_eq!(locate_all(ID, &online(cache.path(), &hub), &mut ()).unwrap(), dir);
+        assert_eq!(locate_all(ID, &options(cache.path()), &mut ()).unwrap(), dir);
         assert_eq!(hub.requests_for(""), requests, "a complete snapshot needs no connection");
+    }
+}
+
+#[test]
+fn a_description_comes_without_the_weights() {
+    for shards in [1, 3] {
+        let checkpoint = TinyCheckpoint::dense().shards(shards).files();
+        let hub = FakeHub::start(checkpoint.clone(), Faults::default());
+        let cache = tempfile::tempdir().unwrap();
+        let describe = |options: &HubOptions| locate_with(ID, Wanted::Description, options, &mut ());
+        let dir = describe(&online(cache.path(), &hub)).unwrap();
+        for name in ["config.json", "tokenizer.json", "generation_config.json"] {
+            assert_eq!(std::fs::read(dir.join(name)).unwrap(), checkpoint[name], "{name}");
+        }
+        assert_eq!(hub.requests_for("safetensors"), 0);
+        let asked = hub.requests_for("tokenizer.json");
+        assert_eq!(describe(&options(cache.path())).unwrap(), dir);
+        let error = locate_all(ID, &options(cache.path()), &mut ()).unwrap_err().to_string();
+        assert!(error.contains("incomplete in the hub cache"), "{error}");
+        // Asked for later, they come into the same snapshot.
+        assert_eq!(locate_all(ID, &online(cache.path(), &hub), &mut ()).unwrap(), dir);
+        assert_eq!(hub.requests_for("tokenizer.json"), asked, "what is there is not fetched again");
     }
 }
 
@@ -325,7 +355,7 @@ fn an_interrupted_transfer_continues() {
     let files = TinyCheckpoint::dense().files();
     let hub = FakeHub::start(files.clone(), Faults { cut: Some("model.safetensors"), ..Faults::default() });
     let cache = tempfile::tempdir().unwrap();
-    let dir = locate_with(ID, &online(cache.path(), &hub), &mut ()).unwrap();
+    let dir = locate_all(ID, &online(cache.path(), &hub), &mut ()).unwrap();
     assert_eq!(std::fs::read(dir.join("model.safetensors")).unwrap(), files["model.safetensors"]);
 }
 
@@ -340,7 +370,7 @@ fn what_the_server_says_cannot_leave_the_cache() {
         let hub = FakeHub::start(TinyCheckpoint::dense().files(), faults);
         let outer = tempfile::tempdir().unwrap();
         let cache = outer.path().join("a/b/c");
-        let error = locate_with(ID, &online(&cache, &hub), &mut ()).unwrap_err().to_string();
+        let error = locate_all(ID, &online(&cache, &hub), &mut ()).unwrap_err().to_string();
         assert!(error.contains(part), "`{part}` is not in: {error}");
         assert_eq!(std::fs::read_dir(outer.path()).unwrap().count(), 1, "{part}");
         assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 0, "{part}");
@@ -352,7 +382,7 @@ fn answers_of_the_hub_are_explained() {
     for (status, part) in [(401, "gated"), (404, "no such model"), (500, "answered 500")] {
         let hub = FakeHub::start(BTreeMap::new(), Faults { status: Some(status), ..Faults::default() });
         let cache = tempfile::tempdir().unwrap();
-        let error = locate_with(ID, &online(cache.path(), &hub), &mut ()).unwrap_err().to_string();
+        let error = locate_all(ID, &online(cache.path(), &hub), &mut ()).unwrap_err().to_string();
         assert!(error.contains(part), "`{part}` is not in: {error}");
     }
     for (drop, part) in
@@ -360,7 +390,7 @@ fn answers_of_the_hub_are_explained() {
     {
         let hub = FakeHub::start(TinyCheckpoint::dense().remove(drop).files(), Faults::default());
         let cache = tempfile::tempdir().unwrap();
-        let error = locate_with(ID, &online(cache.path(), &hub), &mut ()).unwrap_err().to_string();
+        let error = locate_all(ID, &online(cache.path(), &hub), &mut ()).unwrap_err().to_string();
         assert!(error.contains(part), "`{part}` is not in: {error}");
     }
 }

@@ -28,15 +28,19 @@ pub(super) fn case(ctx: &Context, case: &Case) -> Result<f64> {
     Ok(median(times))
 }
 
-/// Copy bandwidth (bytes per second, read plus written) and rate of a large library product (operations per second).
-pub(super) fn limits(ctx: &Context) -> Result<(f64, f64)> {
+/// Bytes per second of a large copy within the device, read plus written.
+pub(crate) fn copy_bandwidth(ctx: &Context) -> Result<f64> {
     const COPY_BYTES: usize = 1 << 30;
     let from = Memory::new(&ctx.driver, COPY_BYTES, "copy source")?;
     let to = Memory::new(&ctx.driver, COPY_BYTES, "copy destination")?;
     ctx.driver.fill(from.address(), 1, COPY_BYTES)?;
     let copy = timed(ctx, 1, &mut |_| ctx.driver.copy(to.address(), from.address(), COPY_BYTES))?;
-    drop((from, to));
+    Ok(2.0 * COPY_BYTES as f64 / copy)
+}
 
+/// Copy bandwidth (bytes per second, read plus written) and rate of a large library product (operations per second).
+pub(super) fn limits(ctx: &Context) -> Result<(f64, f64)> {
+    let copy = copy_bandwidth(ctx)?;
     const N: usize = 8192;
     let operands = Operands::new(ctx)?;
     let weights = operands.matrices(N, N, 2)?;
@@ -60,11 +64,11 @@ pub(super) fn limits(ctx: &Context) -> Result<(f64, f64)> {
     };
     ctx.driver.gemm(&gemm)?;
     let product = timed(ctx, 1, &mut |_| ctx.driver.gemm(&gemm))?;
-    Ok((2.0 * COPY_BYTES as f64 / copy, 2.0 * (N * N * N) as f64 / product))
+    Ok((copy, 2.0 * (N * N * N) as f64 / product))
 }
 
 /// Median seconds of one of `run`'s launches, which take `sets` sets of operands in turn.
-fn timed(ctx: &Context, sets: usize, run: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
+pub(crate) fn timed(ctx: &Context, sets: usize, run: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
     let once = elapsed(ctx, &mut || run(0))?;
     // Whole rounds: a replay begins with the set that was used longest ago.
     let wanted = ((REPLAY_SECONDS / once) as usize).clamp(1, LAUNCHES);

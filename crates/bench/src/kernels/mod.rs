@@ -4,7 +4,7 @@
 //! in turn from sets that together exceed the second-level cache; activations of a few rows stay in it, as they do in a model. On the emulated device nothing is launched: bytes and operations are counted.
 
 mod cases;
-mod measure;
+pub(crate) mod measure;
 mod operands;
 
 use std::fmt;

@@ -3,7 +3,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Result;
-use longhaul_engine::{Generate, Precision};
+use longhaul_engine::{EngineError, Generate, Loader, Precision};
 use longhaul_longdoc::{Answer, AskOptions, Document, ask};
 
 use crate::args::AskArgs;
@@ -11,12 +11,17 @@ use crate::exit::UsageError;
 use crate::output::{self, grouped};
 use crate::progress::{self, Terminal};
 
+/// The model to load.
+pub fn loader(args: &AskArgs) -> Result<Loader, EngineError> {
+    args.model.loader(Precision::Fastest)
+}
+
 /// `longhaul ask`
 pub fn run(args: &AskArgs) -> Result<ExitCode> {
     let (paths, question) = documents_and_question(args)?;
     let documents = Document::load_all(&paths)?;
     let start = Instant::now();
-    let mut engine = progress::load(&args.model.loader(Precision::Fastest)?)?;
+    let mut engine = progress::load(&loader(args)?)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let options = AskOptions {
         max_tokens: args.max_tokens,

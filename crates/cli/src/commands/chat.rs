@@ -2,7 +2,7 @@ use std::io::{self, BufRead, IsTerminal};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use longhaul_engine::{EngineError, Generate, Precision, Request};
+use longhaul_engine::{EngineError, Generate, Loader, Precision, Request};
 use longhaul_text::Message;
 
 use crate::args::ChatArgs;
@@ -11,9 +11,14 @@ use crate::progress::{self, Terminal};
 
 const HELP: &str = "/reset forgets the conversation, /exit (or end of input) leaves, /help shows this";
 
+/// The model to load.
+pub fn loader(args: &ChatArgs) -> Result<Loader, EngineError> {
+    args.model.loader(Precision::Fastest)
+}
+
 /// `longhaul chat`
 pub fn run(args: &ChatArgs) -> Result<ExitCode> {
-    let mut engine = progress::load(&args.model.loader(Precision::Fastest)?)?;
+    let mut engine = progress::load(&loader(args)?)?;
     let opening: Vec<Message> =
         args.system.iter().map(|text| Message { role: "system".into(), content: text.clone() }).collect();
     let mut messages = opening.clone();

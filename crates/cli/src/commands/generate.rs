@@ -1,7 +1,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use longhaul_engine::{Generate, Precision, Request};
+use longhaul_engine::{EngineError, Generate, Loader, Precision, Request};
 use longhaul_text::SpecialTokens;
 
 use crate::args::GenerateArgs;
@@ -11,10 +11,15 @@ use crate::progress::{self, Terminal};
 /// Tokens to generate when neither the user nor the checkpoint says.
 const DEFAULT_MAX_TOKENS: usize = 256;
 
+/// The model to load.
+pub fn loader(args: &GenerateArgs) -> Result<Loader, EngineError> {
+    args.model.loader(Precision::Auto)
+}
+
 /// `longhaul generate`
 pub fn run(args: &GenerateArgs) -> Result<ExitCode> {
     let ids = args.ids_file.as_deref().map(super::read_ids).transpose()?;
-    let mut engine = progress::load(&args.model.loader(Precision::Auto)?)?;
+    let mut engine = progress::load(&loader(args)?)?;
     let prompt = match (ids, &args.prompt) {
         (Some(ids), _) => ids,
         (None, Some(text)) => {

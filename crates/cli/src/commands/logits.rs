@@ -5,17 +5,22 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use longhaul_engine::{EngineError, Precision};
+use longhaul_engine::{EngineError, Loader, Precision};
 use serde_json::json;
 
 use crate::args::LogitsArgs;
 use crate::output;
 use crate::progress;
 
+/// The model to load.
+pub fn loader(args: &LogitsArgs) -> Result<Loader, EngineError> {
+    args.model.loader(Precision::Auto)
+}
+
 /// `longhaul logits`
 pub fn run(args: &LogitsArgs) -> Result<ExitCode> {
     let ids = super::read_ids(&args.ids_file)?;
-    let mut engine = progress::load(&args.model.loader(Precision::Auto)?)?;
+    let mut engine = progress::load(&loader(args)?)?;
     let vocab = engine.spec().vocab_size;
     let start = Instant::now();
     let mut file = LogitsFile::create(&args.out, ids.len(), vocab)

@@ -10,6 +10,7 @@ pub mod needle;
 pub mod plan;
 pub mod serve;
 pub mod tokenize;
+pub mod worker;
 
 use std::path::Path;
 

@@ -5,38 +5,68 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
-use longhaul_engine::{Generate, LongContext, Precision};
+use longhaul_engine::{EngineError, Generate, Loader, LongContext, Precision};
 use longhaul_longdoc::needle::{
     Cell, ModeInfo, NeedleConfig, NeedleObserver, NeedleOutput, Progress, run as run_needle,
 };
 use longhaul_longdoc::render::{TerminalStyle, terminal};
 
 use crate::args::{DTypeArg, KvCacheDtypeArg, LoadFormatArg, ModelArgs, NeedleArgs};
+use crate::exit::UsageError;
 use crate::output;
 use crate::progress;
 
 /// *Pride and Prejudice*, public domain (`assets/README.md`).
 const HAYSTACK: &str = include_str!("../../../../assets/haystack.txt");
 
+/// Prompt lengths to ask at.
+fn lengths(args: &NeedleArgs) -> Result<Vec<usize>> {
+    if !args.lengths.is_empty() {
+        return Ok(args.lengths.clone());
+    }
+    let spec = single(args, None).loader(Precision::Fastest)?.files()?.spec;
+    let trained = spec.trained_window();
+    let limit = args.model.max_model_len.unwrap_or(spec.max_position_embeddings.max(trained));
+    // The answer needs room too where the window is the whole context.
+    let room = limit.saturating_sub(args.max_tokens);
+    let mut lengths: Vec<usize> = [1, 2, 4, 8].map(|n| (n * trained).min(room)).into();
+    lengths.dedup();
+    Ok(lengths)
+}
+
+fn single(args: &NeedleArgs, mode: Option<LongContext>) -> ModelArgs {
+    ModelArgs { long_context: mode.into_iter().collect(), ..args.model.clone() }
+}
+
+/// The model to load for one of the modes, with room for the longest prompt and its answer.
+fn loader(args: &NeedleArgs, mode: LongContext, lengths: &[usize]) -> Result<Loader, EngineError> {
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let mut model = single(args, Some(mode));
+    model.max_model_len.get_or_insert(longest.saturating_add(args.max_tokens));
+    model.loader(Precision::Fastest)
+}
+
+/// What a worker loads.
+///
+/// # Errors
+/// Several modes: nodes meet for one model.
+pub fn worker_loader(args: &NeedleArgs) -> Result<Loader> {
+    match args.model.long_context.as_slice() {
+        &[mode] => Ok(loader(args, mode, &lengths(args)?)?),
+        _ => {
+            Err(UsageError("several nodes compare no modes: give one, such as --long-context dca".into())
+                .into())
+        }
+    }
+}
+
 /// `longhaul needle`
 pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
-    let single = |mode: Option<LongContext>| ModelArgs {
-        long_context: mode.into_iter().collect(),
-        ..args.model.clone()
-    };
-    let files = single(None).loader(Precision::Fastest)?.files()?;
-    let trained = files.spec.trained_window();
-    let limit = args.model.max_model_len.unwrap_or(files.spec.max_position_embeddings.max(trained));
-    let lengths = if args.lengths.is_empty() {
-        // The answer needs room too where the window is the whole context.
-        let room = limit.saturating_sub(args.max_tokens);
-        let mut lengths: Vec<usize> = [1, 2, 4, 8].map(|n| (n * trained).min(room)).into();
-        lengths.dedup();
-        lengths
-    } else {
-        args.lengths.clone()
-    };
-    let longest = lengths.iter().copied().max().unwrap_or(0);
+    if args.model.nodes.options()?.is_some() {
+        worker_loader(args)?;
+    }
+    let files = single(args, None).loader(Precision::Fastest)?.files()?;
+    let lengths = lengths(args)?;
     let modes = if args.model.long_context.is_empty() {
         vec![LongContext::None, LongContext::Dca]
     } else {
@@ -49,7 +79,7 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
     let defaults = NeedleConfig::default();
     let config = NeedleConfig {
         model: label(files.name, &args.model),
-        lengths,
+        lengths: lengths.clone(),
         depths: args.depths.clone(),
         modes,
         haystack,
@@ -65,9 +95,7 @@ pub fn run(args: &NeedleArgs) -> Result<ExitCode> {
     };
     let destination = args.out.clone().map(|dir| NeedleOutput { dir, overwrite: args.overwrite });
     let mut open = |mode| {
-        let mut model = single(Some(mode));
-        model.max_model_len.get_or_insert(longest.saturating_add(args.max_tokens));
-        let engine = progress::load_engine(&model.loader(Precision::Fastest)?)?;
+        let engine = progress::load_engine(&loader(args, mode, &lengths)?)?;
         Ok(Box::new(engine) as Box<dyn Generate>)
     };
     let mut watcher = Watcher::new();

@@ -4,22 +4,36 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use longhaul_engine::{Loader, Precision};
+use longhaul_engine::{EngineError, Loader, Precision};
 use longhaul_server::{ApiKeys, Config, Defaults, Lifecycle, Limits, QueueLimits, Server, SingleSequence};
 
-use crate::args::{GenerationConfigArg, ServeArgs};
+use crate::args::{GenerationConfigArg, ModelArgs, ServeArgs};
 use crate::exit::{self, UsageError};
 
 /// Variables that may hold one API key.
 const KEY_VARIABLES: [&str; 2] = ["LONGHAUL_API_KEY", "VLLM_API_KEY"];
 
-/// `longhaul serve`
-pub fn run(args: &ServeArgs) -> Result<ExitCode> {
+/// The model that is served.
+fn model(args: &ServeArgs) -> ModelArgs {
     let mut model = args.model.clone();
     if let Some(tag) = &args.model_tag {
         model.model.clone_from(tag);
     }
-    let loader = model.loader(Precision::Fastest)?;
+    model
+}
+
+/// How the command loads.
+///
+/// # Errors
+/// A model name that means nothing.
+pub fn loader(args: &ServeArgs) -> Result<Loader, EngineError> {
+    model(args).loader(Precision::Fastest)
+}
+
+/// `longhaul serve`
+pub fn run(args: &ServeArgs) -> Result<ExitCode> {
+    let model = model(args);
+    let loader = loader(args)?;
     let address = address(&args.http.host, args.http.port)?;
     let server = Server::bind(address, config(args)?)?;
     eprintln!("listening on http://{}, loading {}", server.address(), model.model);

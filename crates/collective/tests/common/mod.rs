@@ -1,6 +1,8 @@
 //! Checks of every operation of a rank against float64, for any kind of group.
 #![allow(dead_code)] // every test program uses a part
 
+pub mod suite;
+
 use half::{bf16, f16};
 use longhaul_backend::{Collective, Values, ValuesMut};
 

@@ -78,6 +78,8 @@ pub struct Geometry {
     pub shared_bytes: u32,
     /// Blocks wait for each other, so all must be resident at once.
     pub cooperative: bool,
+    /// Blocks wait for launches on other devices.
+    pub across_devices: bool,
 }
 
 impl Geometry {
@@ -88,7 +90,7 @@ impl Geometry {
 
     /// A grid of blocks of `threads` threads, no dynamic shared memory.
     pub fn grid(grid: [u32; 3], threads: u32) -> Self {
-        Self { grid, block: [threads, 1, 1], shared_bytes: 0, cooperative: false }
+        Self { grid, block: [threads, 1, 1], shared_bytes: 0, cooperative: false, across_devices: false }
     }
 
     /// With `bytes` of dynamic shared memory.
@@ -153,6 +155,29 @@ pub struct Gemm {
 /// A recorded sequence of launches, products and copies on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GraphId(pub usize);
+
+/// What another device needs to map the memory of this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PeerHandle {
+    /// An emulated device of this process.
+    Emulated,
+    /// A GPU of this process: its context (`CUcontext`) and device (`CUdevice`).
+    Gpu {
+        /// The address of the context.
+        context: usize,
+        /// The driver's number of the device.
+        device: i32,
+    },
+}
+
+/// A word of host memory that kernels of every device of the process read while the host sets it.
+pub trait HostWord: Send + Sync {
+    /// Where kernels find it.
+    fn address(&self) -> DevicePtr;
+
+    /// Sets it, without waiting for any device.
+    fn set(&self, value: u32);
+}
 
 /// A device: memory, and a stream on which everything runs in call order.
 pub trait Driver: Send + Sync {
@@ -250,6 +275,31 @@ pub trait Driver: Send + Sync {
     fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         let _ = spec;
         Err(CudaError::Unsupported("this driver makes no tensor maps".into()))
+    }
+
+    /// What [`Driver::map_peer`] of another device takes.
+    fn peer_handle(&self) -> PeerHandle;
+
+    /// Maps the memory of another device, present and future, at the addresses it has there; false where the two devices
+    /// cannot.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn map_peer(&self, peer: &PeerHandle) -> Result<bool>;
+
+    /// Takes a word of host memory, zero.
+    ///
+    /// # Errors
+    /// No memory.
+    fn host_word(&self) -> Result<Box<dyn HostWord>>;
+
+    /// Makes the device current on the calling thread and returns its stream (`CUstream`), for libraries that queue work;
+    /// `None` where there is no such thing (emulated).
+    ///
+    /// # Errors
+    /// The driver's.
+    fn raw_stream(&self) -> Result<Option<usize>> {
+        Ok(None)
     }
 
     /// Bytes left free behind each tensor of the arena, to be checked by [`Driver::check_red_zone`]; 0 on a GPU.

@@ -32,11 +32,14 @@ pub(crate) const KERNELS: &[KernelInfo] = &[BF16.info(), F32.info()];
 /// An odd number of columns, or no room in the arena.
 pub fn silu_and_mul(ctx: &Context, gate_up: &Tensor) -> Result<Tensor> {
     const OP: &str = "silu_and_mul";
-    if !gate_up.cols.is_multiple_of(2) || gate_up.cols == 0 {
+    if !gate_up.cols.is_multiple_of(2) {
         return Err(CudaError::shape(OP, format!("{} columns are not two halves", gate_up.cols)));
     }
     let n = gate_up.cols / 2;
     let out = ctx.tensor(OP, gate_up.rows, n, gate_up.element)?;
+    if gate_up.rows == 0 || n == 0 {
+        return Ok(out);
+    }
     let params = SiluAndMulParams {
         gate_up: gate_up.address(),
         out: out.address(),

@@ -108,6 +108,9 @@ pub fn attention(
     }
     rope.check(step, layout.head_dim, OP)?;
     let out = ctx.tensor(OP, q.rows, q.cols, q.element)?;
+    if q.rows == 0 || q.cols == 0 {
+        return Ok(out);
+    }
     let params = AttentionParams {
         step: step.address(),
         q: q.address(),
@@ -127,7 +130,6 @@ pub fn attention(
         && matches!(layout.head_dim, 64 | 128)
         && layout.block_size.is_multiple_of(PIECE)
         && (rope.params.chunk_len as usize).is_multiple_of(PIECE)
-        && layout.query_heads.is_multiple_of(layout.kv_heads)
         && group <= DECODE_GROUP
         && step.decode_sequences <= DECODE_SEQUENCES
         && step.decode_sequences * layout.kv_heads <= Context::COUNTERS;

@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 use longhaul_backend::CollectiveError;
 
 use crate::context::{Context, Kernel, KernelInfo};
-use crate::driver::{DevicePtr, Driver, Element, Geometry, Memory};
+use crate::driver::{DeviceProperties, DevicePtr, Driver, Element, Geometry, Memory};
 use crate::tensor::Tensor;
 use crate::weights::Vector;
 use crate::{CudaError, Result};
@@ -33,6 +33,7 @@ struct PeerParams {
     first_rank: u32,
     slice_bytes: u32,
     most_polls: u32,
+    abort: DevicePtr,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -58,15 +59,17 @@ struct AllReduceAddRmsNormParams {
     x_stride: u32,
     residual_stride: u32,
     eps: f32,
-    unused: u32,
+    out_stride: u32,
 }
 
 const ONE_SHOT_BF16: Kernel<AllReduceParams> = Kernel::new("all_reduce_one_shot_bf16");
 const ONE_SHOT_F32: Kernel<AllReduceParams> = Kernel::new("all_reduce_one_shot_f32");
 const TWO_SHOT_BF16: Kernel<AllReduceParams> = Kernel::new("all_reduce_two_shot_bf16");
 const TWO_SHOT_F32: Kernel<AllReduceParams> = Kernel::new("all_reduce_two_shot_f32");
-const NORM_BF16: Kernel<AllReduceAddRmsNormParams> = Kernel::new("all_reduce_add_rms_norm_bf16");
-const NORM_F32: Kernel<AllReduceAddRmsNormParams> = Kernel::new("all_reduce_add_rms_norm_f32");
+/// By element of x, then of what is normed.
+const NORM_BF16_BF16: Kernel<AllReduceAddRmsNormParams> = Kernel::new("all_reduce_add_rms_norm_bf16_bf16");
+const NORM_F32_BF16: Kernel<AllReduceAddRmsNormParams> = Kernel::new("all_reduce_add_rms_norm_f32_bf16");
+const NORM_F32_F32: Kernel<AllReduceAddRmsNormParams> = Kernel::new("all_reduce_add_rms_norm_f32_f32");
 
 /// Kernels of this module.
 pub(crate) const KERNELS: &[KernelInfo] = &[
@@ -74,8 +77,9 @@ pub(crate) const KERNELS: &[KernelInfo] = &[
     ONE_SHOT_F32.info(),
     TWO_SHOT_BF16.info(),
     TWO_SHOT_F32.info(),
-    NORM_BF16.info(),
-    NORM_F32.info(),
+    NORM_BF16_BF16.info(),
+    NORM_F32_BF16.info(),
+    NORM_F32_F32.info(),
 ];
 
 /// How a sum travels.
@@ -106,13 +110,18 @@ impl Algorithm {
 pub struct Region(Memory);
 
 impl Region {
+    /// Bytes of a region with slices of `slice_bytes`.
+    pub const fn bytes(slice_bytes: usize) -> usize {
+        DATA_WORD * 4 + MOST_BLOCKS * 2 * slice_bytes
+    }
+
     /// Takes a region with slices of `slice_bytes` (a multiple of 16, the same on all ranks) from the rank's device.
     ///
     /// # Errors
     /// No memory, or a size that is not a multiple of 16.
     pub fn new(driver: &Arc<dyn Driver>, slice_bytes: usize) -> Result<Self> {
         check_slice(slice_bytes)?;
-        let bytes = DATA_WORD * 4 + MOST_BLOCKS * 2 * slice_bytes;
+        let bytes = Self::bytes(slice_bytes);
         let memory = Memory::new(driver, bytes, "region of peer-to-peer exchanges")?;
         driver.fill(memory.address(), 0, bytes)?;
         driver.synchronise()?;
@@ -144,6 +153,14 @@ pub struct PeerOptions {
     pub most_polls: u32,
 }
 
+impl PeerOptions {
+    /// For the blocks of `properties`, so that all are resident: at most one a multiprocessor.
+    pub fn for_device(properties: &DeviceProperties) -> Self {
+        let default = Self::default();
+        Self { blocks: default.blocks.min(properties.multiprocessors as usize).max(1), ..default }
+    }
+}
+
 impl Default for PeerOptions {
     /// 36 blocks are enough to saturate NVLink and leave the device to others. A poll takes about a microsecond on a GPU, so
     /// a block gives up after some ten seconds.
@@ -159,7 +176,11 @@ pub struct Peers {
     regions: Vec<DevicePtr>,
     local: Range<usize>,
     options: PeerOptions,
+    abort: DevicePtr,
 }
+
+/// In a region's status word: the host has ended the group (`kAborted` of `cuda/comm/peer_exchange.h`).
+const ABORTED: u32 = u32::MAX;
 
 impl Peers {
     /// `regions` in rank order; launches run the ranks `local`.
@@ -180,7 +201,17 @@ impl Peers {
             let detail = format!("{} blocks; 1 to {MOST_BLOCKS} are possible", options.blocks);
             return Err(CudaError::shape(OP, detail));
         }
-        Ok(Self { regions, local, options })
+        Ok(Self { regions, local, options, abort: DevicePtr::NULL })
+    }
+
+    /// Lets the host end waits: `word` is that of [`crate::driver::Driver::host_word`], not 0 once the group has ended.
+    pub fn with_abort(self, word: DevicePtr) -> Self {
+        Self { abort: word, ..self }
+    }
+
+    /// Bytes that a row may have in [`all_reduce_add_rms_norm`].
+    pub fn slice_bytes(&self) -> usize {
+        self.options.slice_bytes
     }
 
     /// Ranks in the group.
@@ -191,15 +222,22 @@ impl Peers {
     /// Whether every exchange of this device's ranks so far was complete. Waits for the device.
     ///
     /// # Errors
-    /// [`CudaError::Collective`] when a rank did not arrive, after which results are wrong and the group is of no use.
+    /// [`CudaError::Collective`] when a rank did not arrive or the host ended the group, after which results are wrong and the
+    /// group is of no use.
     pub fn check(&self, ctx: &Context) -> Result<()> {
         for region in &self.regions[self.local.clone()] {
             let mut status = [0u8; 4];
             ctx.driver.download(*region, &mut status)?;
-            if let Some(rank) = u32::from_le_bytes(status).checked_sub(1) {
-                let message = format!("it did not arrive within {} polls", self.options.most_polls);
-                return Err(CollectiveError::RankFailed { rank: rank as usize, message }.into());
-            }
+            let rank = match u32::from_le_bytes(status) {
+                0 => continue,
+                ABORTED => {
+                    let message = "the host ended the group during an exchange".into();
+                    return Err(CollectiveError::Aborted { rank: self.local.start, message }.into());
+                }
+                status => status as usize - 1,
+            };
+            let message = format!("it did not arrive within {} polls", self.options.most_polls);
+            return Err(CollectiveError::RankFailed { rank, message }.into());
         }
         Ok(())
     }
@@ -213,6 +251,7 @@ impl Peers {
             first_rank: self.local.start as u32,
             slice_bytes: self.options.slice_bytes as u32,
             most_polls: self.options.most_polls,
+            abort: self.abort,
         }
     }
 
@@ -231,7 +270,8 @@ impl Peers {
         let most = if local == 1 { self.options.blocks } else { self.options.blocks.min(128 / local) };
         let threads = units_a_block.next_multiple_of(32).clamp(32, THREADS);
         let grid = [blocks.clamp(1, most) as u32, local as u32, 1];
-        Geometry { cooperative: true, ..Geometry::grid(grid, threads as u32) }
+        let across_devices = local < self.ranks();
+        Geometry { cooperative: true, across_devices, ..Geometry::grid(grid, threads as u32) }
     }
 }
 
@@ -268,7 +308,8 @@ pub fn all_reduce(ctx: &Context, peers: &Peers, x: &Tensor, algorithm: Algorithm
 }
 
 /// `residual += sum of x over all ranks` (or `=`), `normed = residual / rms(residual) * weight`: `(normed, residual)`, as
-/// [`crate::ops::norm::add_rms_norm`] after [`all_reduce`]; the residual has the same bits. A row must fit a slice.
+/// [`crate::ops::norm::add_rms_norm`] after [`all_reduce`]; the residual has the same bits. What is normed is of the context's
+/// element; x is, too, or f32. A row must fit a slice.
 ///
 /// # Errors
 /// Shapes that do not fit, no room in the arena, or the driver's. A rank that does not arrive shows in [`Peers::check`].
@@ -281,7 +322,12 @@ pub fn all_reduce_add_rms_norm(
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
     const OP: &str = "all_reduce_add_rms_norm";
-    let kernel = if is_f32(OP, x)? { NORM_F32 } else { NORM_BF16 };
+    let kernel = match (x.element, ctx.element) {
+        (Element::Bf16, Element::Bf16) => NORM_BF16_BF16,
+        (Element::F32, Element::Bf16) => NORM_F32_BF16,
+        (Element::F32, Element::F32) => NORM_F32_F32,
+        (from, to) => return Err(CudaError::Unsupported(format!("{OP}: {from:?} to {to:?}"))),
+    };
     let rows = peers.rows(OP, x)?;
     let fits = residual.is_none_or(|r| (r.rows, r.cols, r.element) == (x.rows, x.cols, Element::F32));
     let row_bytes = x.stride * x.element.size();
@@ -298,7 +344,7 @@ pub fn all_reduce_add_rms_norm(
             ),
         ));
     }
-    let out = ctx.tensor(OP, x.rows, x.cols, x.element)?;
+    let out = ctx.tensor(OP, x.rows, x.cols, ctx.element)?;
     let residual_out = match residual {
         Some(r) => r.clone(),
         None => ctx.tensor(OP, x.rows, x.cols, Element::F32)?,
@@ -318,7 +364,7 @@ pub fn all_reduce_add_rms_norm(
         x_stride: x.stride as u32,
         residual_stride: residual_out.stride as u32,
         eps,
-        unused: 0,
+        out_stride: out.stride as u32,
     };
     ctx.launch(&kernel, peers.geometry(rows, row_bytes / UNIT), params)?;
     Ok((out, residual_out))

@@ -17,6 +17,8 @@ struct EmbedParams {
     out: DevicePtr,
     table_rows: u32,
     row_units: u32,
+    first_id: u32,
+    vocab_size: u32,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -41,11 +43,29 @@ pub(crate) const KERNELS: &[KernelInfo] = &[EMBED.info(), GATHER.info()];
 /// # Errors
 /// An id outside the table, or no room in the arena.
 pub fn embed(ctx: &Context, table: &Matrix, step: &Step) -> Result<Tensor> {
+    embed_slice(ctx, table, 0, table.rows, step)
+}
+
+/// As [`embed`] from a table of the ids from `first_id` on, out of a vocabulary of `vocab_size`: other ids give zeros.
+///
+/// # Errors
+/// A table or an id outside the vocabulary, or no room in the arena.
+pub fn embed_slice(
+    ctx: &Context,
+    table: &Matrix,
+    first_id: usize,
+    vocab_size: usize,
+    step: &Step,
+) -> Result<Tensor> {
     const OP: &str = "embed";
-    if let Some(id) = step.inputs.ids.iter().find(|&&id| id as usize >= table.rows) {
+    if first_id + table.rows > vocab_size {
+        let rows = table.rows;
+        return Err(CudaError::shape(OP, format!("{rows} rows from id {first_id} on of {vocab_size} ids")));
+    }
+    if let Some(id) = step.inputs.ids.iter().find(|&&id| id as usize >= vocab_size) {
         return Err(CudaError::shape(
             OP,
-            format!("token id {id} is outside the embedding of {} rows", table.rows),
+            format!("token id {id} is outside the vocabulary of {vocab_size} ids"),
         ));
     }
     let out = ctx.tensor(OP, step.rows(), table.cols, table.element)?;
@@ -55,6 +75,8 @@ pub fn embed(ctx: &Context, table: &Matrix, step: &Step) -> Result<Tensor> {
         out: out.address(),
         table_rows: table.rows as u32,
         row_units: (table.stride * table.element.size() / 16) as u32,
+        first_id: first_id as u32,
+        vocab_size: vocab_size as u32,
     };
     ctx.launch(&EMBED, Geometry::linear(step.rows(), THREADS), params)?;
     Ok(out)

@@ -92,11 +92,13 @@ pub fn linear_into(
             ),
         ));
     }
-    if x.rows == 0 {
+    if x.rows == 0 || weight.rows == 0 {
         return Ok(());
     }
     let bias = bias.map_or(DevicePtr::NULL, Vector::address);
-    if skinny::takes(ctx, x, weight) {
+    // A product over nothing is the bias, or zeros, which the plain kernels know without a special case.
+    let is_empty = x.cols == 0;
+    if !is_empty && skinny::takes(ctx, x, weight) {
         return skinny::linear(ctx, x, weight, bias, out);
     }
     let params = |first: usize, rows: usize| GemmParams {
@@ -112,7 +114,7 @@ pub fn linear_into(
         out_stride: out.stride as u32,
     };
     let many = x.rows > skinny::MOST_ROWS;
-    if ctx.variant == Variant::Auto && many {
+    if !is_empty && ctx.variant == Variant::Auto && many {
         let queued = ctx.driver.gemm(&Gemm {
             x: x.address(),
             x_stride: x.stride,
@@ -132,7 +134,7 @@ pub fn linear_into(
             return queued;
         }
     }
-    if (ctx.variant == Variant::Mma || many) && ctx.allows_mma() && x.element == Element::Bf16 {
+    if !is_empty && (ctx.variant == Variant::Mma || many) && ctx.allows_mma() && x.element == Element::Bf16 {
         let kernel = if out.element == Element::F32 { MMA_F32 } else { MMA_BF16 };
         let tiles = x.rows.div_ceil(MMA_TILE) * weight.rows.div_ceil(MMA_TILE);
         let geometry = Geometry::linear(tiles, MMA_THREADS).shared(MMA_SHARED);
@@ -182,13 +184,14 @@ pub(crate) fn bias_rows(gemm: &Gemm) -> impl Iterator<Item = (&'static str, Geom
 /// As [`linear`]; an odd number of rows of `gate_up`.
 pub fn linear_silu_and_mul(ctx: &Context, x: &Tensor, gate_up: &Matrix) -> Result<Tensor> {
     const OP: &str = "linear_silu_and_mul";
-    if !gate_up.rows.is_multiple_of(2) || gate_up.rows == 0 || x.cols != gate_up.cols {
+    if !gate_up.rows.is_multiple_of(2) || x.cols != gate_up.cols {
         return Err(CudaError::shape(
             OP,
             format!("x [{}, {}], gate and up [{}, {}]", x.rows, x.cols, gate_up.rows, gate_up.cols),
         ));
     }
-    if x.element == gate_up.element && skinny::takes(ctx, x, gate_up) {
+    let is_empty = x.cols == 0 || gate_up.rows == 0;
+    if !is_empty && x.element == gate_up.element && skinny::takes(ctx, x, gate_up) {
         return skinny::linear_silu_and_mul(ctx, x, gate_up);
     }
     silu_and_mul(ctx, &linear(ctx, x, gate_up, None, x.element)?)

@@ -97,7 +97,7 @@ fn run(
     width: usize,
 ) -> Result<()> {
     // Tiles as wide as an expert's rows would be if they were dealt evenly. Any width serves any counts.
-    let average = routing.slots().div_ceil(routing.experts);
+    let average = routing.slots().div_ceil(routing.router_experts);
     let index = INSTANCES.iter().position(|(tokens, _)| average <= *tokens).unwrap_or(INSTANCES.len() - 1);
     let (tokens, shared) = INSTANCES[index];
     // At most: every expert may end with a tile that is not full.

@@ -1,6 +1,8 @@
 //! Mixture of experts (`cuda/moe/`): routing, the experts' grouped products, the weighted sum. Nothing of the routing
 //! returns to the host.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use crate::context::{Context, Kernel, KernelInfo};
@@ -33,6 +35,8 @@ struct RouteParams {
     counts: DevicePtr,
     scores_stride: u32,
     normalise: u32,
+    first_expert: u32,
+    router_experts: u32,
 }
 
 /// Operands of one of the experts' products.
@@ -108,8 +112,10 @@ pub struct Routing {
     pub(crate) params: RoutingParams,
     /// Rows of the step.
     pub rows: usize,
-    /// Experts.
+    /// Experts of this rank.
     pub experts: usize,
+    /// Experts of all ranks.
+    pub router_experts: usize,
     /// Experts a row visits.
     pub top_k: usize,
     slot_expert: Tensor,
@@ -117,13 +123,35 @@ pub struct Routing {
     arrays: [Tensor; 3],
 }
 
+/// In [`Routing::places_to_host`], the place of a slot whose expert another rank holds (`kNowhere` of `cuda/moe/moe.h`).
+pub const NOWHERE: u32 = u32::MAX;
+
 impl Routing {
+    /// No row visits anything: for [`combine`] on a rank without experts.
+    ///
+    /// # Errors
+    /// No room in the arena.
+    pub fn none(ctx: &Context, rows: usize) -> Result<Self> {
+        let nothing = || ctx.tensor("route", 1, 0, Element::U32);
+        let params = RoutingParams { rows: rows as u32, ..RoutingParams::zeroed() };
+        Ok(Routing {
+            params,
+            rows,
+            experts: 0,
+            router_experts: 0,
+            top_k: 0,
+            slot_expert: nothing()?,
+            slot_weight: nothing()?,
+            arrays: [nothing()?, nothing()?, nothing()?],
+        })
+    }
+
     /// (row, choice) pairs.
     pub fn slots(&self) -> usize {
         self.rows * self.top_k
     }
 
-    /// Experts and weights of every slot, copied to the host (tests).
+    /// Experts, counted from this rank's first one with wrap-around, and weights of every slot, copied to the host (tests).
     ///
     /// # Errors
     /// The driver's.
@@ -134,7 +162,7 @@ impl Routing {
         Ok((experts, ctx.tensor_to_f32(&self.slot_weight)?))
     }
 
-    /// The place of every slot, the slot of every place, and the first place of every expert and behind the last one, copied
+    /// The place of every slot, the slot of every place that is taken, and the first place of every expert and behind the last one, copied
     /// to the host (tests).
     ///
     /// # Errors
@@ -155,19 +183,38 @@ impl Routing {
 /// # Errors
 /// Shapes that no kernel takes, or no room in the arena.
 pub fn route(ctx: &Context, scores: &Tensor, top_k: usize, normalise: bool) -> Result<Routing> {
+    route_to(ctx, scores, top_k, normalise, 0..scores.cols)
+}
+
+/// As [`route`] on a rank that holds `experts` only: slots of other experts keep their weight and get no place.
+///
+/// # Errors
+/// As [`route`]; no experts, or some that `scores` do not have.
+pub fn route_to(
+    ctx: &Context,
+    scores: &Tensor,
+    top_k: usize,
+    normalise: bool,
+    experts: Range<usize>,
+) -> Result<Routing> {
     const OP: &str = "route";
-    let (rows, experts) = (scores.rows, scores.cols);
-    if scores.element != Element::F32 || top_k == 0 || top_k > experts {
+    let (rows, router_experts) = (scores.rows, scores.cols);
+    let held = !experts.is_empty() && experts.end <= router_experts;
+    if scores.element != Element::F32 || top_k == 0 || top_k > router_experts || !held {
         return Err(CudaError::shape(
             OP,
-            format!("top {top_k} of {:?} scores [{rows}, {experts}]", scores.element),
+            format!(
+                "top {top_k} of {:?} scores [{rows}, {router_experts}], experts {experts:?}",
+                scores.element
+            ),
         ));
     }
-    if experts > MOST_EXPERTS || top_k > MOST_TOP_K {
+    if router_experts > MOST_EXPERTS || top_k > MOST_TOP_K {
         return Err(CudaError::Unsupported(format!(
-            "{OP}: top {top_k} of {experts} experts; up to {MOST_TOP_K} of {MOST_EXPERTS} are supported"
+            "{OP}: top {top_k} of {router_experts} experts; up to {MOST_TOP_K} of {MOST_EXPERTS} are supported"
         )));
     }
+    let (first_expert, experts) = (experts.start, experts.len());
     let slots = rows * top_k;
     let slot_expert = ctx.tensor(OP, 1, slots, Element::U32)?;
     let slot_weight = ctx.tensor(OP, 1, slots, Element::F32)?;
@@ -193,6 +240,8 @@ pub fn route(ctx: &Context, scores: &Tensor, top_k: usize, normalise: bool) -> R
         counts: Context::optional(counts.as_ref()),
         scores_stride: scores.stride as u32,
         normalise: normalise.into(),
+        first_expert: first_expert as u32,
+        router_experts: router_experts as u32,
     };
     if counts.is_some() {
         let by_group = Geometry::linear(groups, ROUTE_GROUP_THREADS);
@@ -204,10 +253,11 @@ pub fn route(ctx: &Context, scores: &Tensor, top_k: usize, normalise: bool) -> R
         ctx.launch(&ROUTE, Geometry::linear(1, threads), route)?;
     }
     let arrays = [slot_place, permuted_slot, offsets];
-    Ok(Routing { params, rows, experts, top_k, slot_expert, slot_weight, arrays })
+    Ok(Routing { params, rows, experts, router_experts, top_k, slot_expert, slot_weight, arrays })
 }
 
-/// `down(silu(gate · x) * (up · x))` of every (row, choice), ordered by expert: f32 `[slots, hidden]`.
+/// `down(silu(gate · x) * (up · x))` of every (row, choice) that has a place, ordered by expert: f32 `[slots, hidden]`; what
+/// lies behind the last place is undefined.
 ///
 /// # Errors
 /// Shapes that do not fit, or no room in the arena.
@@ -276,8 +326,8 @@ pub fn experts(ctx: &Context, x: &Tensor, routing: &Routing, experts: &Experts) 
     Ok(out)
 }
 
-/// Sum of each row's experts by weight, in slot order, plus `sigmoid(gate) * shared` (`shared` = the shared expert's output
-/// and its gate `[rows, 1]`): `[rows, hidden]`. All are f32: the result is added to the residual stream.
+/// Sum of each row's experts on this rank by weight, in slot order, plus `sigmoid(gate) * shared` (`shared` = the shared
+/// expert's output and its gate `[rows, 1]`): `[rows, hidden]`. All are f32: the result is added to the residual stream.
 ///
 /// # Errors
 /// Shapes that do not fit, or no room in the arena.

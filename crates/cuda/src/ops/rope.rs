@@ -70,6 +70,9 @@ pub fn rope_and_cache(
     }
     rope.check(step, layout.head_dim, OP)?;
     let q = ctx.tensor(OP, qkv.rows, layout.query_heads * layout.head_dim, qkv.element)?;
+    if qkv.rows == 0 || cols == 0 {
+        return Ok(q);
+    }
     let kernel = match (qkv.element, kv.element()) {
         (Element::Bf16, Element::Bf16) => BF16_BF16,
         (Element::Bf16, Element::E4m3) => BF16_E4M3,

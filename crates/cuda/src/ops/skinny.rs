@@ -75,7 +75,7 @@ const STATIC_SHARED: usize = 1024;
 /// Work units (128 weight rows, 64 of k: 16 KiB) below which a further block costs more than it brings.
 const LEAST_UNITS: usize = 2;
 
-/// Whether these kernels take the product on this device.
+/// Whether these kernels take the product, which is not empty, on this device.
 pub(crate) fn takes(ctx: &Context, x: &Tensor, weight: &Matrix) -> bool {
     ctx.allows_mma()
         && x.rows <= MOST_ROWS
@@ -121,9 +121,6 @@ fn run(
     let index = INSTANCES.iter().position(|(tokens, _)| x.rows <= *tokens).unwrap_or(INSTANCES.len() - 1);
     let ring = |(tokens, stages): (usize, usize)| stages * (TILE_ROWS + tokens) * K_BLOCK * 2;
     let units = tiles * x.cols.div_ceil(K_BLOCK);
-    if units == 0 {
-        return ctx.driver.fill(out.address(), 0, out.rows * out.stride * out.element.size());
-    }
     // The same for all instances, from the largest: how k is cut must not depend on the number of rows.
     let properties = ctx.driver.properties();
     let largest = INSTANCES.into_iter().map(ring).max().unwrap_or(0);

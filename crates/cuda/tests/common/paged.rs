@@ -22,6 +22,7 @@ use crate::common::{Random, context, relative_error};
 pub struct Shape {
     pub query_heads: usize,
     pub kv_heads: usize,
+    pub groups: HeadGroups,
     pub head_dim: usize,
     pub block_size: usize,
     pub chunking: Option<Chunking>,
@@ -51,7 +52,7 @@ impl Shape {
             layers: 2,
             query_heads: self.query_heads,
             kv_heads: self.kv_heads,
-            groups: HeadGroups::Even,
+            groups: self.groups,
             head_dim: self.head_dim,
             block_size: self.block_size,
             // Some blocks belong to nobody: they stay poisoned.
@@ -208,14 +209,16 @@ impl<'a> Reference<'a> {
 
     /// The result of token `position`, all heads.
     pub fn row(&self, position: usize) -> Vec<f64> {
-        let (shape, group) = (self.shape, self.shape.query_heads / self.shape.kv_heads);
+        let shape = self.shape;
+        let layout = shape.layout(DType::F32);
         let query_row = |key: usize| match shape.chunking {
             None => position,
             Some(c) => c.query_row(position as u32, key as u32 / c.len()) as usize,
         };
         let mut out = Vec::new();
         for head in 0..shape.query_heads {
-            let (keys, values) = (&self.keys[head / group], &self.values[head / group]);
+            let kv_head = (0..shape.kv_heads).find(|kv| layout.query_heads_of(*kv).contains(&head)).unwrap();
+            let (keys, values) = (&self.keys[kv_head], &self.values[kv_head]);
             let query = self.part(position, head);
             let mut rotated = (usize::MAX, Vec::new());
             let scores: Vec<f64> = (0..=position)
@@ -278,6 +281,7 @@ pub fn shape(query_heads: usize, kv_heads: usize, head_dim: usize, sequences: &[
     Shape {
         query_heads,
         kv_heads,
+        groups: HeadGroups::Even,
         head_dim,
         block_size: 16,
         chunking: None,

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use longhaul_backend::{DType, HeadGroups, KvLayout};
+use longhaul_backend::{DType, HeadGroups, KvLayout, Widths};
 use longhaul_weights::{Slice, TensorSpec};
 
 use super::{columns, heads};
@@ -92,6 +92,27 @@ impl RankShard {
             block_size,
             blocks,
             dtype,
+        }
+    }
+
+    /// The widths that decide the memory of this rank's steps.
+    pub fn widths(&self, spec: &ModelSpec) -> Widths {
+        let group = match self.head_groups() {
+            HeadGroups::Even => self.query_heads.len() / self.kv_heads.len().max(1),
+            HeadGroups::Cut { size, .. } => size,
+        };
+        let moe = spec.moe.as_ref();
+        Widths {
+            hidden: spec.hidden_size,
+            qkv: (self.query_heads.len() + 2 * self.kv_heads.len()) * self.head_dim,
+            query: self.query_heads.len() * self.head_dim,
+            whole_groups: group * self.kv_heads.len() * self.head_dim,
+            intermediate: self.columns.len().max(self.shared_columns.len()),
+            expert_intermediate: if self.experts.is_empty() { 0 } else { self.expert_columns.len() },
+            experts: moe.map_or(0, |m| m.experts),
+            top_k: moe.map_or(0, |m| m.top_k),
+            vocabulary: self.vocabulary.len(),
+            whole_vocabulary: spec.vocab_size,
         }
     }
 

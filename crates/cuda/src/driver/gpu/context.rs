@@ -7,6 +7,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUstream};
 
 use super::status::{Status, check};
+use crate::driver::PeerHandle;
 use crate::{CudaError, Result};
 
 /// The primary context of a device and one stream on it. Both end with the last handle.
@@ -44,6 +45,16 @@ impl Stream {
     pub fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained as long as `self` lives.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    /// The context and device, for another device that maps this one's memory.
+    pub fn peer_handle(&self) -> PeerHandle {
+        PeerHandle::Gpu { context: self.context as usize, device: self.device }
+    }
+
+    /// The driver's number of the device.
+    pub fn device(&self) -> CUdevice {
+        self.device
     }
 
     /// The stream.

@@ -9,6 +9,7 @@ mod device_code;
 mod gemm;
 mod graph;
 mod libraries;
+mod peer;
 mod probe;
 mod staging;
 mod status;
@@ -25,7 +26,10 @@ use self::gemm::{Bias, Products, WORKSPACE_BYTES};
 use self::graph::Graphs;
 use self::staging::{Downloads, Uploads};
 use self::status::{Status, check};
-use super::{DeviceProperties, DevicePtr, Driver, Gemm, Geometry, GraphId, TensorMap, TensorMapSpec};
+use super::{
+    DeviceProperties, DevicePtr, Driver, Gemm, Geometry, GraphId, HostWord, PeerHandle, TensorMap,
+    TensorMapSpec,
+};
 use crate::{CudaError, Result};
 
 /// Waits after every launch, so that a fault names its kernel (debugging; slow).
@@ -295,6 +299,24 @@ impl Driver for Gpu {
         }
         self.stream.bind()?;
         tensor_map::encode(spec)
+    }
+
+    fn peer_handle(&self) -> PeerHandle {
+        self.stream.peer_handle()
+    }
+
+    fn map_peer(&self, peer: &PeerHandle) -> Result<bool> {
+        peer::map(&self.stream, peer)
+    }
+
+    fn host_word(&self) -> Result<Box<dyn HostWord>> {
+        self.stream.bind()?;
+        Ok(Box::new(peer::Word::new(&self.stream)?))
+    }
+
+    fn raw_stream(&self) -> Result<Option<usize>> {
+        self.stream.bind()?;
+        Ok(Some(self.stream.raw() as usize))
     }
 
     fn synchronise(&self) -> Result<()> {

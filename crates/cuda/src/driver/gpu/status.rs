@@ -20,6 +20,8 @@ impl Status {
     pub const JIT_COMPILER_NOT_FOUND: Status = Status(221);
     pub const UNSUPPORTED_PTX_VERSION: Status = Status(222);
     pub const NOT_FOUND: Status = Status(500);
+    pub const PEER_ACCESS_ALREADY_ENABLED: Status = Status(704);
+    pub const TOO_MANY_PEERS: Status = Status(711);
     pub const SYSTEM_NOT_READY: Status = Status(802);
     pub const SYSTEM_DRIVER_MISMATCH: Status = Status(803);
 

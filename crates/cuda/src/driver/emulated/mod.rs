@@ -1,14 +1,19 @@
 //! The emulated device: the kernels of `cuda/` compiled for the CPU, memory with red zones, launches under an adversarial
 //! scheduler (`cuda/README.md`).
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+mod library;
+
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Zeroable;
 use half::bf16;
 
+use self::library::{RawLaunch, RawTensor};
 use super::{
-    DeviceProperties, DevicePtr, Driver, Element, Gemm, Geometry, GraphId, TensorMap, TensorMapSpec,
+    DeviceProperties, DevicePtr, Driver, Element, Gemm, Geometry, GraphId, HostWord, PeerHandle, TensorMap,
+    TensorMapSpec,
 };
 use crate::{CudaError, Result};
 
@@ -49,89 +54,6 @@ enum Work {
     Gemm(Gemm),
     Copy(DevicePtr, DevicePtr, usize),
     Fill(DevicePtr, u8, usize),
-}
-
-#[repr(C)]
-struct RawLaunch {
-    kernel: *const c_char,
-    params: *const c_void,
-    params_bytes: u64,
-    seed: u64,
-    grid: [u32; 3],
-    block: [u32; 3],
-    shared_bytes: u32,
-    eager: u32,
-    resident_blocks: u32,
-}
-
-#[derive(Default)]
-#[repr(C)]
-struct RawTensor {
-    address: u64,
-    dims: [u64; 5],
-    strides: [u64; 5],
-    box_dims: [u32; 5],
-    rank: u32,
-    element_bytes: u32,
-    swizzle: u32,
-}
-
-#[cfg(longhaul_emulator)]
-mod library {
-    use super::{RawLaunch, RawTensor, c_char, c_int, c_void};
-
-    // SAFETY: the signatures mirror cuda/emulator/interface.h.
-    unsafe extern "C" {
-        pub fn longhaul_emulated_launch_kernel(
-            launch: *const RawLaunch,
-            error: *mut c_char,
-            error_bytes: usize,
-        ) -> c_int;
-        pub fn longhaul_emulated_allocate(label: *const c_char, bytes: u64) -> *mut c_void;
-        pub fn longhaul_emulated_free(memory: *mut c_void);
-        pub fn longhaul_emulated_tensor_map(
-            tensor: *const RawTensor,
-            words: *mut u64,
-            error: *mut c_char,
-            error_bytes: usize,
-        ) -> c_int;
-        pub fn longhaul_emulated_kernel(
-            index: usize,
-            name: *mut *const c_char,
-            params_bytes: *mut u64,
-            max_threads: *mut u32,
-        ) -> c_int;
-    }
-}
-
-#[cfg(not(longhaul_emulator))]
-mod library {
-    //! A build without a C++ compiler: [`super::Emulated::new`] fails, so nothing here is reached.
-    use super::{RawLaunch, RawTensor, c_char, c_int, c_void};
-
-    pub unsafe fn longhaul_emulated_tensor_map(
-        _: *const RawTensor,
-        _: *mut u64,
-        _: *mut c_char,
-        _: usize,
-    ) -> c_int {
-        1
-    }
-    pub unsafe fn longhaul_emulated_launch_kernel(_: *const RawLaunch, _: *mut c_char, _: usize) -> c_int {
-        1
-    }
-    pub unsafe fn longhaul_emulated_allocate(_: *const c_char, _: u64) -> *mut c_void {
-        std::ptr::null_mut()
-    }
-    pub unsafe fn longhaul_emulated_free(_: *mut c_void) {}
-    pub unsafe fn longhaul_emulated_kernel(
-        _: usize,
-        _: *mut *const c_char,
-        _: *mut u64,
-        _: *mut u32,
-    ) -> c_int {
-        0
-    }
 }
 
 /// A kernel as the emulator knows it.
@@ -246,6 +168,7 @@ impl Emulated {
             block: geometry.block,
             shared_bytes: geometry.shared_bytes,
             eager: self.options.eager.into(),
+            across_devices: geometry.across_devices.into(),
             resident_blocks: if geometry.cooperative { blocks } else { self.options.resident_blocks },
         };
         let mut message = vec![0 as c_char; 4096];
@@ -417,6 +340,21 @@ impl Driver for Emulated {
         Ok(None)
     }
 
+    fn peer_handle(&self) -> PeerHandle {
+        PeerHandle::Emulated
+    }
+
+    /// Emulated devices share the host's addresses.
+    fn map_peer(&self, peer: &PeerHandle) -> Result<bool> {
+        Ok(*peer == PeerHandle::Emulated)
+    }
+
+    fn host_word(&self) -> Result<Box<dyn HostWord>> {
+        let word = Word(self.allocate(4, "a word that the host sets")?);
+        word.set(0);
+        Ok(Box::new(word))
+    }
+
     fn red_zone_bytes(&self) -> usize {
         RED_ZONE
     }
@@ -439,6 +377,27 @@ impl Driver for Emulated {
                 message: format!("byte {} of a tensor of {bytes} bytes was written", bytes + at),
             }),
         }
+    }
+}
+
+/// Four bytes of emulated memory, which is host memory.
+struct Word(DevicePtr);
+
+impl HostWord for Word {
+    fn address(&self) -> DevicePtr {
+        self.0
+    }
+
+    fn set(&self, value: u32) {
+        // SAFETY: four aligned bytes that live as long as `self`; kernels read them atomically.
+        unsafe { AtomicU32::from_ptr(self.0.0 as *mut u32) }.store(value, Ordering::Release);
+    }
+}
+
+impl Drop for Word {
+    fn drop(&mut self) {
+        // SAFETY: taken by `allocate`.
+        unsafe { library::longhaul_emulated_free(self.0.0 as *mut c_void) };
     }
 }
 
