@@ -4,6 +4,7 @@ mod all_reduce;
 mod bench;
 mod nodes;
 mod plan;
+mod serve;
 mod values;
 
 use std::num::NonZeroUsize;
@@ -21,6 +22,7 @@ pub use all_reduce::AllReduceArg;
 pub use bench::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
 pub use nodes::NodesArgs;
 pub use plan::{KvDType, PlanArgs, PlanDType};
+pub use serve::{GenerationConfigArg, ServeArgs};
 use values::{emulator_options, fraction, token_count};
 
 /// Serves the Qwen2 family with exact long context.
@@ -42,6 +44,7 @@ pub enum Command {
     Models(ModelsArgs),
     Needle(NeedleArgs),
     Plan(PlanArgs),
+    Serve(Box<ServeArgs>),
     Tokenize(TokenizeArgs),
 }
 
@@ -69,7 +72,7 @@ pub struct ModelArgs {
     #[arg(long, env = "LONGHAUL_EMULATOR", value_parser = emulator_options, value_name = "KEY=VALUE,…", default_value = "")]
     pub emulator: EmulatedOptions,
     /// Precision of products and, unless --kv-cache-dtype says otherwise, of the KV cache. auto: bfloat16 on a CUDA device,
-    /// and for ask, chat and needle where the checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact,
+    /// and for ask, chat, needle and serve where the checkpoint is bfloat16 and the CPU has bf16 dot products; float32, exact,
     /// everywhere else
     #[arg(long, value_enum, default_value_t = DTypeArg::Auto)]
     pub dtype: DTypeArg,

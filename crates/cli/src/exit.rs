@@ -7,6 +7,7 @@ use longhaul_backend::Error as BackendError;
 use longhaul_engine::EngineError;
 use longhaul_longdoc::LongdocError;
 use longhaul_model::ModelError;
+use longhaul_server::{KeyError, ServerError};
 
 const USAGE: u8 = 64;
 const DATA: u8 = 65;
@@ -15,8 +16,8 @@ const UNAVAILABLE: u8 = 69;
 const SOFTWARE: u8 = 70;
 const OS: u8 = 71;
 const IO: u8 = 74;
-/// Another rank is lost: start all again.
-const RESTART: u8 = 75;
+/// Another rank is lost, or requests were cut: start all again.
+pub const RESTART: u8 = 75;
 /// The device is lost: start the process again, elsewhere if it happens twice.
 const DEVICE_LOST: u8 = 76;
 const CONFIG: u8 = 78;
@@ -72,6 +73,15 @@ fn code(error: &anyhow::Error) -> u8 {
                 LongdocError::Engine(error) => engine_code(error),
                 _ => DATA,
             };
+        }
+        if let Some(error) = cause.downcast_ref::<ServerError>() {
+            return match error {
+                ServerError::Unauthenticated { .. } => USAGE,
+                ServerError::Bind { .. } | ServerError::Start(_) => OS,
+            };
+        }
+        if cause.is::<KeyError>() {
+            return CONFIG;
         }
         if let Some(error) = cause.downcast_ref::<io::Error>() {
             return if error.kind() == io::ErrorKind::NotFound { NO_INPUT } else { IO };

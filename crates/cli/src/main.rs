@@ -37,6 +37,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Models(args) => commands::models::run(&args),
         Command::Needle(args) => commands::needle::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
         Command::Tokenize(args) => commands::tokenize::tokenize(&args),
     }
 }

@@ -29,20 +29,20 @@ pub struct Engine {
 }
 
 /// Blocks of one sequence; a step of it is one call.
-struct Sequence {
+pub(crate) struct Sequence {
     blocks: Vec<u32>,
-    length: usize,
+    pub(crate) length: usize,
 }
 
 /// Tokens of a request that the penalties look at.
 #[derive(Default)]
-struct Seen {
-    tokens: Vec<SeenToken>,
+pub(crate) struct Seen {
+    pub(crate) tokens: Vec<SeenToken>,
     index: HashMap<u32, usize>,
 }
 
 impl Seen {
-    fn add(&mut self, id: u32, generated: bool) {
+    pub(crate) fn add(&mut self, id: u32, generated: bool) {
         let at = *self.index.entry(id).or_insert_with(|| {
             self.tokens.push(SeenToken { id, generated: 0 });
             self.tokens.len() - 1
@@ -84,6 +84,16 @@ impl Engine {
         &self.generation
     }
 
+    /// The checkpoint's chat template, if it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// Tokens of a KV block.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
     /// Token ids that end a completion.
     pub fn end_tokens(&self) -> Vec<u32> {
         let mut ids = self.spec.eos_token_ids.clone();
@@ -97,14 +107,14 @@ impl Engine {
     }
 
     /// Ids that the tokenizer cannot produce: rows that pad the embedding.
-    fn padding_ids(&self) -> Vec<u32> {
+    pub(crate) fn padding_ids(&self) -> Vec<u32> {
         match &self.tokenizer {
             Some(tokenizer) => (tokenizer.vocab_size() as u32..self.spec.vocab_size as u32).collect(),
             None => Vec::new(),
         }
     }
 
-    fn check_prompt(&self, prompt: &[u32], max_tokens: usize) -> Result<()> {
+    pub(crate) fn check_prompt(&self, prompt: &[u32], max_tokens: usize) -> Result<()> {
         if prompt.is_empty() {
             return Err(EngineError::Parameter { name: "prompt", message: "has no tokens".into() });
         }
@@ -122,7 +132,7 @@ impl Engine {
     }
 
     /// The inputs of a step that appends `ids` to `sequence`.
-    fn step(&self, sequence: &mut Sequence, ids: &[u32], logit_rows: Vec<usize>) -> StepInputs {
+    pub(crate) fn step(&self, sequence: &mut Sequence, ids: &[u32], logit_rows: Vec<usize>) -> StepInputs {
         let first = sequence.length;
         sequence.length += ids.len();
         StepInputs {
@@ -138,7 +148,7 @@ impl Engine {
     }
 
     /// Runs `f` on a sequence with room for `tokens` tokens; its blocks return to the pool whatever happens.
-    fn with_sequence<R>(
+    pub(crate) fn with_sequence<R>(
         &mut self,
         tokens: usize,
         f: impl FnOnce(&mut Self, &mut Sequence) -> Result<R>,

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::conversation::Conversation;
 use crate::generation_config::{parse_object, template_field, token_field};
 use crate::template::Template;
 use crate::tokenizer::Segment;
@@ -35,7 +36,7 @@ impl Message {
 /// The chat template of a checkpoint: a Jinja program from messages to prompt text.
 ///
 /// It runs as under Hugging Face's `apply_chat_template`: `trim_blocks` and `lstrip_blocks`, Python string methods,
-/// `raise_exception`, `strftime_now` (in UTC), `tojson`, loop controls, `tools` and `documents` none. Work, output
+/// `raise_exception`, `strftime_now` (in UTC), `tojson`, loop controls. Work, output
 /// and time of a rendering are limited in proportion to the messages.
 ///
 /// The time limit leaves the rendering thread behind, so a process that meets [`TextError::TemplateTimeout`] should
@@ -74,39 +75,54 @@ impl ChatTemplate {
         Ok(Self { template: Template::new(source, bos_token, eos_token, origin)? })
     }
 
-    /// Renders `messages`, followed by the start of an assistant's turn if `add_generation_prompt`.
-    ///
-    /// The text is for reading. To get tokens use [`ChatTemplate::encode`]: in this text, control tokens of the
-    /// template cannot be told from the same strings in a message.
+    /// Renders `messages`, followed by the start of an assistant's turn if `add_generation_prompt`: see
+    /// [`ChatTemplate::render_conversation`].
     ///
     /// # Errors
-    /// [`TextError::Template`] when the template fails or raises an exception, [`TextError::TemplateLimit`] and
-    /// [`TextError::TemplateTimeout`] when it does too much.
+    /// As there.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TextError> {
-        self.template.render(messages, add_generation_prompt)
+        self.render_conversation(&Conversation::new(messages, add_generation_prompt))
     }
 
-    /// Renders `messages` and encodes the result. Special tokens are exactly those that the template wrote; all text
-    /// that came from a message's role or content is encoded as text.
+    /// Renders and encodes `messages`: see [`ChatTemplate::encode_conversation`].
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
+    /// As there.
     pub fn encode(
         &self,
         tokenizer: &Tokenizer,
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>, TextError> {
+        self.encode_conversation(tokenizer, &Conversation::new(messages, add_generation_prompt))
+    }
+
+    /// Renders a conversation.
+    ///
+    /// The text is for reading. To get tokens use [`ChatTemplate::encode_conversation`]: in this text, control tokens of the
+    /// template cannot be told from the same strings in a message.
+    ///
+    /// # Errors
+    /// [`TextError::Template`] when the template fails or raises an exception, or when there is nothing to continue;
+    /// [`TextError::TemplateLimit`] and [`TextError::TemplateTimeout`] when it does too much.
+    pub fn render_conversation(&self, conversation: &Conversation) -> Result<String, TextError> {
+        conversation.cut(self.template.render(conversation)?, self.template.origin())
+    }
+
+    /// Renders a conversation and encodes the result. Special tokens are exactly those that the template wrote; all text
+    /// that came from the conversation, its tools and documents included, is encoded as text.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_conversation`] and [`Tokenizer::encode`].
+    pub fn encode_conversation(
+        &self,
+        tokenizer: &Tokenizer,
+        conversation: &Conversation,
+    ) -> Result<Vec<u32>, TextError> {
         let specials: Vec<&str> = tokenizer.special_contents().collect();
-        let marker = self.unused_character(messages, &specials)?;
-        let defused: Vec<Message> = messages
-            .iter()
-            .map(|message| Message {
-                role: defuse(&message.role, &specials, marker),
-                content: defuse(&message.content, &specials, marker),
-            })
-            .collect();
-        let rendered = self.render(&defused, add_generation_prompt)?;
+        let marker = self.unused_character(conversation, &specials)?;
+        let rendered =
+            self.render_conversation(&conversation.map(&|text| defuse(text, &specials, marker)))?;
         let mut ids = Vec::with_capacity(rendered.len() / 3);
         for segment in tokenizer.split_special(&rendered)? {
             match segment {
@@ -120,22 +136,19 @@ impl ChatTemplate {
         Ok(ids)
     }
 
-    /// A private-use character that neither the messages nor the template nor a special token contains.
-    fn unused_character(&self, messages: &[Message], specials: &[&str]) -> Result<char, TextError> {
-        let texts = || {
-            let roles = messages.iter().map(|message| message.role.as_str());
-            let contents = messages.iter().map(|message| message.content.as_str());
-            roles.chain(contents).chain(specials.iter().copied()).chain([self.template.source()])
-        };
+    /// A private-use character that neither the conversation nor the template nor a special token contains.
+    fn unused_character(&self, conversation: &Conversation, specials: &[&str]) -> Result<char, TextError> {
         // U+E000 alone is free in all but adversarial text, so one pass is the rule. With more than 137,000 private-use
         // characters, only a text that has them all leaves none.
         let private =
             ('\u{E000}'..='\u{F8FF}').chain('\u{F0000}'..='\u{FFFFD}').chain('\u{100000}'..='\u{10FFFD}');
-        let used: std::collections::HashSet<char> =
-            texts().flat_map(str::chars).filter(|&c| is_private_use(c)).collect();
+        let mut used: std::collections::HashSet<char> = std::collections::HashSet::new();
+        let mut add = |text: &str| used.extend(text.chars().filter(|&c| is_private_use(c)));
+        conversation.visit(&mut add);
+        specials.iter().copied().chain([self.template.source()]).for_each(add);
         private.into_iter().find(|c| !used.contains(c)).ok_or_else(|| TextError::Encode {
             origin: "messages".to_owned(),
-            bytes: messages.iter().map(|message| message.content.len()).sum(),
+            bytes: conversation.bytes(),
             message: "the text uses every private-use character of Unicode".to_owned(),
         })
     }

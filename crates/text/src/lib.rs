@@ -8,6 +8,7 @@
 
 mod byte_level;
 mod chat;
+mod conversation;
 mod detokenizer;
 mod error;
 mod generation_config;
@@ -17,10 +18,13 @@ mod template;
 mod template_env;
 mod tokenizer;
 mod tokenizer_json;
+mod tool_calls;
 
 pub use chat::{ChatTemplate, Message};
+pub use conversation::{Conversation, RESERVED_VARIABLES};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use generation_config::GenerationConfig;
 pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopMatcher, StopOutcome};
 pub use tokenizer::{SpecialTokens, Tokenizer};
+pub use tool_calls::{ToolCall, ToolCallParser, ToolPiece};

@@ -10,8 +10,9 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use minijinja::{Environment, Error, ErrorKind, Value};
+use serde_json::Value as Json;
 
-use crate::chat::Message;
+use crate::conversation::Conversation;
 use crate::template_env::environment;
 use crate::{TextError, error::quote};
 
@@ -87,42 +88,38 @@ impl Template {
         &self.source
     }
 
-    /// Renders `messages` as Hugging Face's `apply_chat_template(tokenize=False)` does without tools or documents.
-    pub(crate) fn render(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<String, TextError> {
-        let content: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+    /// The file, for messages.
+    pub(crate) fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Renders `conversation` as Hugging Face's `apply_chat_template(tokenize=False)` does.
+    pub(crate) fn render(&self, conversation: &Conversation) -> Result<String, TextError> {
+        let content = conversation.bytes();
         let fuel = BASE_FUEL
-            .saturating_add(FUEL_PER_MESSAGE.saturating_mul(messages.len() as u64))
+            .saturating_add(FUEL_PER_MESSAGE.saturating_mul(conversation.entries() as u64))
             .saturating_add(content as u64);
         let output = BASE_OUTPUT_BYTES.saturating_add(content.saturating_mul(4));
         let limit = BASE_TIME + Duration::from_secs((content >> 20) as u64);
 
         let mut env = self.env.clone();
         env.set_fuel(Some(fuel));
-        let context = self.context(messages, add_generation_prompt);
+        let context = self.context(conversation);
         on_own_stack(move || run(&env, context, output), limit, &self.origin)
     }
 
-    /// The variables of a template. `tools` and `documents` are none, as in Python; special tokens that the
-    /// checkpoint does not name are undefined.
-    fn context(&self, messages: &[Message], add_generation_prompt: bool) -> Value {
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|message| {
-                Value::from_pairs([
-                    ("role", Value::from(message.role.as_str())),
-                    ("content", Value::from(message.content.as_str())),
-                ])
-            })
-            .collect();
-        let mut variables = BTreeMap::from([
-            ("messages", Value::from(messages)),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
+    /// The variables of a template. `tools` and `documents` are none when there are none, as in Python; special tokens that
+    /// the checkpoint does not name are undefined. The caller's variables come first, so that they replace nothing.
+    fn context(&self, conversation: &Conversation) -> Value {
+        let list = |items: &[Json]| Value::from(items.iter().map(value).collect::<Vec<_>>());
+        let optional = |items: &Option<Vec<Json>>| items.as_deref().map_or(Value::from(()), list);
+        let mut variables: BTreeMap<&str, Value> =
+            conversation.variables.iter().map(|(name, json)| (name.as_str(), value(json))).collect();
+        variables.extend([
+            ("messages", list(&conversation.messages)),
+            ("add_generation_prompt", Value::from(conversation.add_generation_prompt)),
+            ("tools", optional(&conversation.tools)),
+            ("documents", optional(&conversation.documents)),
         ]);
         for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
             if let Some(token) = token {
@@ -130,6 +127,22 @@ impl Template {
             }
         }
         Value::from_pairs(variables)
+    }
+}
+
+/// JSON as a value of the engine.
+fn value(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(b) => Value::from(*b),
+        Json::Number(n) => match (n.as_u64(), n.as_i64()) {
+            (Some(n), _) => Value::from(n),
+            (None, Some(n)) => Value::from(n),
+            (None, None) => Value::from(n.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(items) => Value::from(items.iter().map(value).collect::<Vec<_>>()),
+        Json::Object(map) => Value::from_pairs(map.iter().map(|(key, json)| (key.as_str(), value(json)))),
     }
 }
 

@@ -8,6 +8,7 @@ pub mod logits;
 pub mod models;
 pub mod needle;
 pub mod plan;
+pub mod serve;
 pub mod tokenize;
 pub mod worker;
 

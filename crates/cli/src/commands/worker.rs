@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use longhaul_engine::Loader;
 
-use super::{ask, bench, chat, generate, logits, needle};
+use super::{ask, bench, chat, generate, logits, needle, serve};
 use crate::args::{BenchCommand, Command};
 use crate::progress;
 
@@ -24,6 +24,7 @@ pub fn loader(command: &Command) -> Result<Option<Loader>> {
         Command::Generate(args) => &args.model,
         Command::Logits(args) => &args.model,
         Command::Needle(args) => &args.model,
+        Command::Serve(args) => &args.model,
         Command::Detokenize(_) | Command::Models(_) | Command::Plan(_) | Command::Tokenize(_) => {
             return Ok(None);
         }
@@ -41,6 +42,7 @@ pub fn loader(command: &Command) -> Result<Option<Loader>> {
         Command::Generate(args) => generate::loader(args)?,
         Command::Logits(args) => logits::loader(args)?,
         Command::Needle(args) => needle::worker_loader(args)?,
+        Command::Serve(args) => serve::loader(args)?,
         Command::Detokenize(_) | Command::Models(_) | Command::Plan(_) | Command::Tokenize(_) => {
             return Ok(None);
         }

@@ -1,0 +1,117 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::ModelArgs;
+
+/// Serve the OpenAI API over HTTP, one request at a time
+#[derive(Debug, Args)]
+#[command(after_help = "Example: longhaul serve --model demo --port 8000\n\
+    Keys come from --api-key-file, or from LONGHAUL_API_KEY or VLLM_API_KEY (one key), never from the command line.")]
+pub struct ServeArgs {
+    /// The same as --model
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    pub model_tag: Option<String>,
+    #[command(flatten)]
+    pub http: HttpArgs,
+    #[command(flatten)]
+    pub queue: QueueArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "HTTP")]
+pub struct HttpArgs {
+    /// Address or name to listen on. Anything but a loopback address needs API keys or --allow-unauthenticated
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
+    pub host: String,
+    /// Port to listen on; 0 = a free one, which is printed
+    #[arg(long, default_value_t = 8000, value_name = "PORT")]
+    pub port: u16,
+    /// Names of the model in the API; the first is the one in answers [default: what --model says]
+    #[arg(long, num_args = 1.., value_name = "NAME")]
+    pub served_model_name: Vec<String>,
+    /// API keys, one a line; # begins a comment line
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Serve everybody who reaches the port
+    #[arg(long)]
+    pub allow_unauthenticated: bool,
+    /// Names that requests may be addressed to, in their Host header [default: any; on a loopback address without keys
+    /// localhost, 127.0.0.1 and ::1]
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    pub allowed_hosts: Vec<String>,
+    /// Send X-Request-Id back
+    #[arg(long)]
+    pub enable_request_id_headers: bool,
+    /// Send the usage with every stream and every chunk of it, asked for or not
+    #[arg(long)]
+    pub enable_force_include_usage: bool,
+    /// Report cached prompt tokens in the usage
+    #[arg(long)]
+    pub enable_prompt_tokens_details: bool,
+    /// Send a comment into a stream that was silent for so long; 0 = never
+    #[arg(long, value_parser = seconds, default_value = "0", value_name = "SECONDS")]
+    pub sse_keep_alive_interval: Duration,
+    /// Role of the answers of chats
+    #[arg(long, default_value = "assistant", value_name = "ROLE")]
+    pub response_role: String,
+    /// How tool calls are written by the model; they are parsed whenever a chat brings tools
+    #[arg(long, value_enum, default_value_t = ToolCallParserArg::Hermes)]
+    pub tool_call_parser: ToolCallParserArg,
+    /// Where sampling parameters come from that a request leaves out: the checkpoint's generation_config.json, or none
+    #[arg(long, value_enum, default_value_t = GenerationConfigArg::Auto)]
+    pub generation_config: GenerationConfigArg,
+    /// Open connections; more wait
+    #[arg(long, default_value_t = 4096, value_parser = positive, value_name = "N")]
+    pub max_connections: usize,
+    /// Longest request, waiting and running; 0 = no limit
+    #[arg(long, value_parser = seconds, default_value = "0", value_name = "SECONDS")]
+    pub request_timeout: Duration,
+    /// After SIGTERM, go on accepting for so long while /ready already says no
+    #[arg(long, value_parser = seconds, default_value = "0", value_name = "SECONDS")]
+    pub drain_delay: Duration,
+    /// Time that running requests then have; a second SIGTERM cuts it short
+    #[arg(long, value_parser = seconds, default_value = "30", value_name = "SECONDS")]
+    pub shutdown_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Queue")]
+pub struct QueueArgs {
+    /// Requests that may wait; more are refused with 503
+    #[arg(long, default_value_t = 256, value_parser = positive, value_name = "N")]
+    pub max_num_queued_reqs: usize,
+    /// Prompt tokens that may wait; more are refused with 503 [default: no limit]
+    #[arg(long, value_parser = positive, value_name = "TOKENS")]
+    pub max_num_queued_tokens: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ToolCallParserArg {
+    Hermes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GenerationConfigArg {
+    Auto,
+    #[value(name = "vllm", alias = "none")]
+    Neutral,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("expected a number of at least 1".into()),
+    }
+}
+
+/// A number of seconds, up to a year.
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=31_536_000.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("expected seconds, such as 30 or 0.5".into()),
+    }
+}

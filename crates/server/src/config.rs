@@ -1,0 +1,121 @@
+//! What an operator decides.
+
+use std::time::Duration;
+
+use crate::auth::ApiKeys;
+
+/// Settings of a server.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Names under which the model is served; the first is the one in answers. Empty: the model's own name.
+    pub served_model_names: Vec<String>,
+    /// Keys that may call the API; empty = everybody may.
+    pub api_keys: ApiKeys,
+    /// Serve everybody on an address that other machines reach, without keys.
+    pub allow_unauthenticated: bool,
+    /// Host names that requests may be addressed to; empty = any, but on a loopback address without keys only that machine's
+    /// own names, so that no web page can call the API through a name of its own.
+    pub allowed_hosts: Vec<String>,
+    /// Send `X-Request-Id` back.
+    pub request_id_headers: bool,
+    /// Send the usage with every stream, asked for or not.
+    pub force_include_usage: bool,
+    /// Report cached prompt tokens in the usage.
+    pub prompt_tokens_details: bool,
+    /// Time between keep-alive comments of an idle stream; none = no comments.
+    pub sse_keep_alive: Option<Duration>,
+    /// Role of the answers of chats.
+    pub response_role: String,
+    /// Go on accepting after the first signal to end, until routers have noticed.
+    pub drain_delay: Duration,
+    /// Time that running requests have after that.
+    pub drain_timeout: Duration,
+    /// Bounds of what a client may ask for.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            served_model_names: Vec::new(),
+            api_keys: ApiKeys::default(),
+            allow_unauthenticated: false,
+            allowed_hosts: Vec::new(),
+            request_id_headers: false,
+            force_include_usage: false,
+            prompt_tokens_details: false,
+            sse_keep_alive: None,
+            response_role: "assistant".into(),
+            drain_delay: Duration::ZERO,
+            drain_timeout: Duration::from_secs(30),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Bounds of what a client may ask for. The defaults are far above what applications send and far below what hurts.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Connections open at once; more wait in the listener's backlog.
+    pub connections: usize,
+    /// Time for the head of a request, also between requests of a connection.
+    pub header_time: Duration,
+    /// Time without a byte of a body.
+    pub body_idle: Duration,
+    /// Time for a whole body.
+    pub body_time: Duration,
+    /// Time in which a client takes no byte of an answer.
+    pub write_time: Duration,
+    /// Largest body, whatever the model's context.
+    pub body_bytes: usize,
+    /// Bytes of all bodies being read and parsed together.
+    pub inflight_body_bytes: usize,
+    /// Choices of a request.
+    pub n: u32,
+    /// Prompts of a completion request.
+    pub prompts: usize,
+    /// Stop strings of a request.
+    pub stops: usize,
+    /// Entries of `logit_bias`.
+    pub logit_bias: usize,
+    /// Messages of a chat.
+    pub messages: usize,
+    /// Tools of a chat.
+    pub tools: usize,
+    /// Texts being tokenized at once.
+    pub tokenizing: usize,
+    /// Events of a request that wait for its reader.
+    pub queued_events: usize,
+    /// Longest time of a request, in the queue and running; none = no limit.
+    pub request_time: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            header_time: Duration::from_secs(10),
+            body_idle: Duration::from_secs(15),
+            body_time: Duration::from_secs(60),
+            write_time: Duration::from_secs(30),
+            body_bytes: 32 << 20,
+            inflight_body_bytes: 256 << 20,
+            n: 16,
+            prompts: 64,
+            stops: 4,
+            logit_bias: 1024,
+            messages: 1024,
+            tools: 128,
+            tokenizing: std::thread::available_parallelism().map_or(1, usize::from),
+            queued_events: 4096,
+            request_time: None,
+        }
+    }
+}
+
+impl Limits {
+    /// Largest body for a model with a context of `max_model_len` tokens: six bytes a token and a mebibyte of JSON.
+    pub fn body_limit(&self, max_model_len: usize) -> usize {
+        self.body_bytes.min(max_model_len.saturating_mul(6).saturating_add(1 << 20))
+    }
+}

@@ -1,0 +1,51 @@
+//! The HTTP server: an OpenAI-compatible API in the dialect of `vllm serve`, over whatever runs the model.
+//!
+//! A request's way: [`connection`](crate::Server) limits and timers → host check → key check → route → JSON, field by
+//! field → chat template and tokenizer on a bounded blocking pool → [`Serving::submit`] → token events → text, stop
+//! strings, tool calls → a JSON body or server-sent events.
+//!
+//! Invariants: [`Serving`] is the only door to the engine, and everything beyond it is token ids. Every request that
+//! reaches a handler of the API ends in exactly one [`Outcome`]. No field of a request is ignored: it is obeyed, or the
+//! request is refused with the field's name. A request's memory is bounded before it is taken.
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice
+)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+mod auth;
+mod choice;
+mod config;
+mod connection;
+mod error;
+mod handlers;
+mod host;
+mod ledger;
+mod lifecycle;
+mod logprobs;
+mod metrics;
+mod openapi;
+mod pipeline;
+mod prompt;
+mod request;
+mod response;
+mod router;
+mod server;
+mod serving;
+mod single;
+mod sse;
+
+pub use auth::{ApiKeys, KeyError};
+pub use config::{Config, Limits};
+pub use ledger::Outcome;
+pub use lifecycle::{Lifecycle, Phase};
+pub use server::{Drained, Server, ServerError};
+pub use serving::{
+    Event, EventSink, EventStream, Failure, Finish, ModelInfo, Namespace, PromptToken, Refusal, Sampling,
+    Serving, Snapshot, Submission, TokenScore, channel,
+};
+pub use single::{Defaults, QueueLimits, SingleSequence};

@@ -1,0 +1,13 @@
+//! Request bodies, field by field.
+
+mod chat;
+mod completion;
+mod fields;
+mod sampling;
+mod tokenize;
+
+pub(crate) use chat::{ChatRequest, ToolChoice};
+pub(crate) use completion::{CompletionRequest, Prompt};
+pub(crate) use fields::{Fields, check_content_type};
+pub(crate) use sampling::{Common, StreamOptions, is_request_id};
+pub(crate) use tokenize::{DetokenizeRequest, TokenizeRequest, TokenizeSource};
