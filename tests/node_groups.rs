@@ -8,6 +8,8 @@ use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use longhaul_testkit::{Golden, goldens_dir};
+
 use common::nodes::{GENERATE, Namespaces, Node, Place, RESTART, ids, on_ranks};
 use common::{fail, ids_file, json_output, longhaul, read_logits, repository, succeed};
 
@@ -52,6 +54,62 @@ fn the_logits_of_nodes_are_those_of_one_process_bit_for_bit() {
     };
     assert_eq!(read("one"), read("two"));
     assert!(!place.dir.path().join("none").exists(), "a worker writes no file");
+}
+
+/// Ranks on emulated CUDA devices, two on one node and one on the other, exchange through the host: the same bits as in one
+/// process, and tokens drawn from slices of the vocabulary on both nodes.
+#[test]
+fn emulated_devices_of_two_nodes_are_one_group() {
+    let golden = Golden::load(&goldens_dir().join("dense-tied"));
+    let prompt = ids_file(&golden.input_ids);
+    let place = Place::new();
+    let command = |name: &str, arguments: &[&str]| {
+        let mut command = longhaul();
+        command.args(arguments).args(["--device", "emulated", "--tp", "3", "--all-reduce", "host"]);
+        command.arg("--model").arg(&golden.dir).arg("--ids-file").arg(prompt.path());
+        if arguments == ["logits"] {
+            command.arg("--out").arg(place.dir.path().join(name));
+        }
+        command
+    };
+    let run_nodes = |name: &str, arguments: &[&str]| {
+        let mut worker = place.node(&mut command("none", arguments), 1, 2);
+        let mut leader = place.node(&mut command(name, arguments), 0, 2);
+        assert!(leader.end().success() && worker.end().success(), "{}{}", leader.stderr(), worker.stderr());
+        assert_eq!(worker.stdout(), "");
+        leader.stdout()
+    };
+    succeed(&mut command("one", &["logits"]));
+    run_nodes("two", &["logits"]);
+    let read = |name: &str| {
+        let (shape, values) = read_logits(&place.dir.path().join(name));
+        (shape, values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+    };
+    assert_eq!(read("one"), read("two"));
+
+    let generate =
+        ["generate", "--json", "--ignore-eos", "--max-tokens", "6", "--temperature", "0.9", "--seed", "5"];
+    let alone = json_output(&mut command("one", &generate))["ids"].clone();
+    assert_eq!(ids(&run_nodes("two", &generate)), alone);
+    place.assert_nothing_is_left();
+}
+
+/// What computes, and the way that sums go, must be the same on all nodes.
+#[test]
+fn nodes_with_other_devices_do_not_fit() {
+    let place = Place::new();
+    let command = |device: &str| {
+        let mut command = longhaul();
+        command.args(GENERATE).args(["--tp", "2", "--device", device]);
+        command
+    };
+    let mut worker = place.node(&mut command("emulated"), 1, 2);
+    let mut leader = place.node(&mut command("cpu"), 0, 2);
+    for node in [&mut worker, &mut leader] {
+        assert_eq!(node.end().code(), Some(65), "{}", node.stderr());
+        let message = node.stderr();
+        assert!(message.contains("plan is") && message.contains("CUDA devices"), "{message}");
+    }
 }
 
 /// The same command line on every node, as launchers start it.
@@ -224,9 +282,13 @@ fn what_is_not_said_whole_is_asked_for() {
         ([&group[..], &["--node-key-file", "/no/such/key"]].concat(), 66, "/no/such/key"),
         ([&group[..], &["--node-key-file", key]].concat(), 64, "1 ranks are too few for 2 nodes"),
         (
-            [&group[..], &["--tp", "2", "--device", "emulated", "--node-key-file", key]].concat(),
+            [
+                &group[..],
+                &["--tp", "2", "--device", "emulated", "--all-reduce", "peer", "--node-key-file", key],
+            ]
+            .concat(),
             69,
-            "--device",
+            "--all-reduce peer: devices of several nodes",
         ),
     ];
     for (arguments, expected, words) in cases {

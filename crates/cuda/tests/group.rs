@@ -217,13 +217,13 @@ fn nccl_is_called_with_the_tensor() {
     let rank = NcclRank::new(nccl.clone());
     let error = rank.all_reduce(&*driver, &x).unwrap_err();
     assert!(error.to_string().contains("has not joined"), "{error}");
-    rank.join(&*driver, 0, 1).unwrap();
+    rank.join(&*driver, &nccl.id(), 0, 1).unwrap();
     rank.all_reduce(&*driver, &x).unwrap();
     rank.check().unwrap();
     assert_eq!(ctx.tensor_to_f32(&x).unwrap(), [1.0, 2.0, 3.0]);
     let indices = ctx.tensor("x", 1, 4, Element::U32).unwrap();
     assert!(rank.all_reduce(&*driver, &indices).is_err());
     // The library is asked about every rank, and its refusal is an error of the group.
-    let error = NcclRank::new(nccl).join(&*driver, 1, 1).unwrap_err();
+    let error = NcclRank::new(nccl.clone()).join(&*driver, &nccl.id(), 1, 1).unwrap_err();
     assert!(matches!(error, CudaError::Collective(CollectiveError::Transport { .. })), "{error}");
 }

@@ -1,6 +1,7 @@
 //! Devices: from a choice and a model's files to a [`Runner`] with its KV pool.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,11 +12,12 @@ use longhaul_cuda::driver::{Driver, Element, Emulated, EmulatedOptions};
 use longhaul_cuda::group::AllReduce;
 use longhaul_cuda::{Context, Variant};
 use longhaul_model::{ModelSpec, PositionProfile, RankShard, ShardOptions, ShardPlan};
-use longhaul_weights::TensorSource;
 
 use crate::cpu_device::{CpuRanks, cpu_dtype};
-use crate::cuda_device::{CudaDevices, cuda_error};
+use crate::cuda_device::{CudaDevices, CudaRanks, cuda_error};
+use crate::local_ranks::{Loading, LocalRanks, Ranks};
 use crate::memory_budget::{self, Available, MemoryBudget};
+use crate::nodes::{RemoteNodes, Worker};
 use crate::runner::Runner;
 use crate::{EngineError, Result, gpu};
 
@@ -194,18 +196,18 @@ enum Place {
     Cuda(CudaDevices),
 }
 
-/// Opens the device that `options` names.
+/// Opens the device that `options` names, for `ranks`: those of this node.
 ///
 /// # Errors
 /// [`EngineError::Device`] or [`EngineError::Memory`] with the remedy; [`EngineError::Parameter`] for a way to sum without
 /// ranks on CUDA devices.
-pub(crate) fn open(options: &DeviceOptions) -> Result<Opened> {
+pub(crate) fn open(options: &DeviceOptions, ranks: Range<usize>) -> Result<Opened> {
     let on_cuda = |devices| Opened { place: Place::Cuda(devices), note: None };
     let opened = match options.device {
         Device::Cpu => Opened { place: Place::Cpu, note: None },
-        Device::Emulated => on_cuda(CudaDevices::emulated(options)?),
-        Device::Cuda(first) => on_cuda(CudaDevices::gpus(first, options)?),
-        Device::Auto => match CudaDevices::gpus(0, options) {
+        Device::Emulated => on_cuda(CudaDevices::emulated(options, ranks)?),
+        Device::Cuda(first) => on_cuda(CudaDevices::gpus(first, ranks)?),
+        Device::Auto => match CudaDevices::gpus(0, ranks) {
             // A full device is not a missing one: the user decides.
             Err(error @ EngineError::Memory { .. }) => return Err(error),
             Err(error) => {
@@ -290,34 +292,68 @@ impl Opened {
         }
     }
 
-    /// As the user would name it.
-    pub fn name(&self) -> &str {
+    /// How ranks here compute and exchange, in words: what must be the same on all nodes of a group.
+    ///
+    /// # Errors
+    /// A way to sum or a cache that this device does not have.
+    pub fn between_nodes(&self, options: &DeviceOptions, spec: &ModelSpec) -> Result<String> {
         match &self.place {
-            Place::Cpu => "cpu",
-            Place::Cuda(devices) => devices.name(),
+            Place::Cuda(devices) => devices.between_nodes(options),
+            Place::Cpu => {
+                let precision = options.precision.on_cpu(spec.dtype);
+                let cache = cpu_dtype(options, precision)?;
+                let overlap = match options.overlap_prefill_rows {
+                    // Every rank must take the sums that the others take.
+                    Some(rows) => format!(", halves overlap from {rows} rows"),
+                    None => String::new(),
+                };
+                Ok(format!("{precision:?} products, {cache} cache{overlap}"))
+            }
         }
     }
 
-    pub fn is_cpu(&self) -> bool {
-        matches!(self.place, Place::Cpu)
-    }
-
-    /// Loads the weights; `progress` hears (bytes read, bytes in all).
+    /// Loads the weights on ranks of this process; `progress` hears (bytes read, bytes in all).
     ///
     /// # Errors
     /// The checkpoint's and the device's.
-    pub fn load(
-        self,
-        options: &DeviceOptions,
-        spec: &ModelSpec,
-        positions: &PositionProfile,
-        plan: &ShardPlan,
-        source: &(dyn TensorSource + Sync),
+    pub fn load(&self, loading: Loading<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Placed> {
+        match &self.place {
+            Place::Cpu => CpuRanks(loading).place(progress),
+            Place::Cuda(devices) => CudaRanks { devices, loading }.place(progress),
+        }
+    }
+
+    /// As [`Self::load`] for the leader of several nodes.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; that the group has ended meanwhile.
+    pub fn lead(
+        &self,
+        loading: Loading<'_>,
+        local: LocalRanks,
+        nodes: RemoteNodes,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Placed> {
-        match self.place {
-            Place::Cpu => CpuRanks { options, spec, positions, plan, source }.place(progress),
-            Place::Cuda(devices) => devices.place(options, spec, positions, plan, source, progress),
+        match &self.place {
+            Place::Cpu => CpuRanks(loading).lead(local, Some(nodes), progress),
+            Place::Cuda(devices) => CudaRanks { devices, loading }.lead(local, Some(nodes), progress),
+        }
+    }
+
+    /// Loads this node's ranks and does what the leader says until it ends the group.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; why the group ended.
+    pub fn work(
+        &self,
+        loading: Loading<'_>,
+        local: LocalRanks,
+        worker: &Worker,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
+        match &self.place {
+            Place::Cpu => CpuRanks(loading).work(local, worker, progress),
+            Place::Cuda(devices) => CudaRanks { devices, loading }.work(local, worker, progress),
         }
     }
 }

@@ -17,6 +17,7 @@ mod error;
 mod faults;
 mod gpu;
 mod loader;
+mod local_ranks;
 mod memory_budget;
 mod nodes;
 mod ranks;

@@ -1,17 +1,19 @@
 //! From what the user names to a running [`Engine`]: files, config, positions, device, weights, KV pool.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use longhaul_backend::DType;
 use longhaul_model::{LongContext, ModelSpec, PositionProfile, ShardPlan, family, family_names};
+use longhaul_nodes::Placement;
 use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
 use longhaul_weights::{Checkpoint, Dummy, TensorSource, Wanted, locate};
 
 use crate::blocks::BlockPool;
-use crate::cpu_device::{CpuRanks, LocalRanks, cpu_dtype};
 use crate::device::{DeviceOptions, Opened, open, shard_plan};
 use crate::engine::Engine;
-use crate::nodes::{self, NodeGroup, NodeOptions, Plan, Role, identity, sha256};
+use crate::local_ranks::{Loading, LocalRanks};
+use crate::nodes::{self, NodeGroup, NodeOptions, Plan, Role, identity, ranks_of_node, sha256};
 use crate::{EngineError, Result, demo};
 
 /// Which model, as the user names it.
@@ -145,8 +147,9 @@ impl Loader {
     pub fn load(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine> {
         let Prepared { files, positions, source, device, plan, notes } = self.prepare()?;
         let source = source.as_ref();
+        let loading = self.loading(&files, &positions, source, &plan);
         let placed = match self.meet(&files, &positions, source, &plan, &device)? {
-            None => device.load(&self.device, &files.spec, &positions, &plan, source, progress)?,
+            None => device.load(loading, progress)?,
             Some(group) => {
                 let local = LocalRanks { ranks: group.ranks, pulse: group.pulse };
                 let Role::Leader(nodes) = group.role else {
@@ -155,8 +158,7 @@ impl Loader {
                         message: "a worker runs no requests of its own".into(),
                     });
                 };
-                let ranks = self.cpu_ranks(&files, &positions, source, &plan);
-                ranks.lead(local, Some(nodes), progress)?
+                device.lead(loading, local, nodes, progress)?
             }
         };
         Ok(Engine {
@@ -181,10 +183,11 @@ impl Loader {
     pub fn follow(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
         let Prepared { files, positions, source, device, plan, .. } = self.prepare()?;
         let source = source.as_ref();
+        let loading = self.loading(&files, &positions, source, &plan);
         match self.meet(&files, &positions, source, &plan, &device)? {
             Some(NodeGroup { ranks, pulse, role: Role::Worker(worker) }) => {
                 let local = LocalRanks { ranks, pulse };
-                self.cpu_ranks(&files, &positions, source, &plan).work(local, &worker, progress)
+                device.work(loading, local, &worker, progress)
             }
             _ => Err(EngineError::Parameter {
                 name: "--node-rank",
@@ -213,7 +216,7 @@ impl Loader {
                 Box::new(Checkpoint::open(path, &expected, &files.spec.ignorable_tensors())?)
             }
         };
-        let device = open(&self.device)?;
+        let device = open(&self.device, self.local_ranks()?)?;
         device.check_overlap(&self.device)?;
         let mut notes: Vec<String> = device.note.iter().cloned().collect();
         let profile = |tokens| Ok(PositionProfile::new(&files.spec, self.long_context, Some(tokens))?);
@@ -239,39 +242,40 @@ impl Loader {
             return Ok(None);
         };
         let (nodes, ranks) = (options.placement.size, shards.ranks().len());
-        if !device.is_cpu() {
-            return Err(EngineError::Device {
-                device: device.name().into(),
-                message: "several nodes run on their CPUs so far; use --device cpu".into(),
-            });
-        }
-        if ranks < nodes {
-            return Err(EngineError::Parameter {
-                name: "--tp",
-                message: format!("{ranks} ranks are too few for {nodes} nodes; give each node one at least"),
-            });
-        }
-        let precision = self.device.precision.on_cpu(files.spec.dtype);
-        let cache = cpu_dtype(&self.device, precision)?;
-        let overlap = match self.device.overlap_prefill_rows {
-            // Every rank must take the sums that the others take.
-            Some(rows) => format!(", halves overlap from {rows} rows"),
-            None => String::new(),
-        };
-        let precision = format!("{precision:?} products, {cache} cache{overlap}");
+        let precision = device.between_nodes(&self.device, &files.spec)?;
         let plan = Plan { shards, positions, precision };
         let identity = identity(&files.spec, source, &files.tokenizer_hash, &plan, nodes);
         nodes::meet(options, &identity, ranks, self.device.step_timeout).map(Some)
     }
 
-    fn cpu_ranks<'a>(
+    fn loading<'a>(
         &'a self,
         files: &'a ModelFiles,
         positions: &'a PositionProfile,
         source: &'a (dyn TensorSource + Sync),
         plan: &'a ShardPlan,
-    ) -> CpuRanks<'a> {
-        CpuRanks { options: &self.device, spec: &files.spec, positions, plan, source }
+    ) -> Loading<'a> {
+        Loading { options: &self.device, spec: &files.spec, positions, plan, source }
+    }
+
+    /// The ranks of this node.
+    ///
+    /// # Errors
+    /// [`EngineError::Parameter`] when there are fewer ranks than nodes.
+    fn local_ranks(&self) -> Result<Range<usize>> {
+        let ranks = self.device.tensor_parallel.max(1);
+        let Some(Placement { rank: node, size: nodes, .. }) =
+            self.nodes.as_ref().map(|nodes| &nodes.placement)
+        else {
+            return Ok(0..ranks);
+        };
+        if ranks < *nodes {
+            return Err(EngineError::Parameter {
+                name: "--tp",
+                message: format!("{ranks} ranks are too few for {nodes} nodes; give each node one at least"),
+            });
+        }
+        Ok(ranks_of_node(*node, *nodes, ranks))
     }
 }
 

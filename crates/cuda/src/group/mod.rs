@@ -61,7 +61,7 @@ impl Group {
         Self { collective: Arc::new(Single), transport: Transport::Host }
     }
 
-    /// The ranks of a group: rank r is `collectives[r]` and runs on `drivers[r]`.
+    /// The ranks of a group, or those that live on this node: `collectives[i]` runs on `drivers[i]`.
     ///
     /// # Errors
     /// [`CudaError::Unavailable`] when the way that was asked for is not possible here, with the reason; the driver's.
@@ -89,7 +89,9 @@ impl Group {
             let detail = format!("{} devices for {} ranks", drivers.len(), collectives.len());
             return Err(CudaError::shape("group", detail));
         }
-        if drivers.len() == 1 {
+        let spans_nodes = collectives.iter().any(|rank| rank.world_size() > drivers.len());
+        let all_reduce = if spans_nodes { between_nodes(drivers, all_reduce)? } else { all_reduce };
+        if drivers.len() == 1 && !spans_nodes {
             let over_host = |collective| Group { collective, transport: Transport::Host };
             return Ok(collectives.into_iter().map(over_host).collect());
         }
@@ -152,7 +154,10 @@ impl Group {
     /// [`CudaError::Collective`].
     pub fn join(&self, driver: &dyn Driver) -> Result<()> {
         match &self.transport {
-            Transport::Nccl(rank) => rank.join(driver, self.rank(), self.world_size()),
+            Transport::Nccl(rank) => {
+                let id = rank.agree(&*self.collective)?;
+                rank.join(driver, &id, self.rank(), self.world_size())
+            }
             Transport::Host | Transport::Peer(_) => Ok(()),
         }
     }
@@ -222,6 +227,24 @@ impl Group {
         self.collective.check()?;
         self.collective.abort(&error.to_string());
         Err(error)
+    }
+}
+
+/// The way that ranks on several nodes go: all nodes must come to the same one.
+///
+/// # Errors
+/// [`CudaError::Unavailable`] when the way that was asked for is not possible.
+pub fn between_nodes(drivers: &[Arc<dyn Driver>], all_reduce: AllReduce) -> Result<AllReduce> {
+    match all_reduce {
+        AllReduce::Host => Ok(AllReduce::Host),
+        AllReduce::Peer => {
+            Err(unavailable(all_reduce, "devices of several nodes cannot map each other's memory"))
+        }
+        AllReduce::Nccl => match nccl(drivers) {
+            Ok(_) => Ok(AllReduce::Nccl),
+            Err(message) => Err(unavailable(all_reduce, &message)),
+        },
+        AllReduce::Auto => Ok(if nccl(drivers).is_ok() { AllReduce::Nccl } else { AllReduce::Host }),
     }
 }
 

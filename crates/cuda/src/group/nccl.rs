@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use longhaul_backend::CollectiveError;
+use longhaul_backend::{Collective, CollectiveError};
 use nccl_rs::{Communicator, DataType, DeviceAddress, Library, Options, Stream, UniqueId};
 
 use super::ending::Ending;
@@ -12,7 +12,7 @@ use crate::driver::{Driver, Element};
 use crate::tensor::Tensor;
 use crate::{CudaError, Result};
 
-/// For all ranks to join: they are threads of this process that start at once.
+/// For all ranks to join: they have met already, and start at once.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The library and the name of a group that is to be.
@@ -31,6 +31,11 @@ impl Nccl {
         let library = Library::load(folders)?;
         let id = library.unique_id()?;
         Ok(Self { library, id })
+    }
+
+    /// The name that this rank would give the group; rank 0's counts.
+    pub fn id(&self) -> UniqueId {
+        self.id
     }
 }
 
@@ -52,15 +57,29 @@ impl NcclRank {
         self
     }
 
-    /// Joins as `rank` and waits for the others.
+    /// The name of the group that all ranks of `group` join: rank 0's.
     ///
     /// # Errors
     /// [`CudaError::Collective`].
-    pub fn join(&self, driver: &dyn Driver, rank: usize, world_size: usize) -> Result<()> {
+    pub(super) fn agree(&self, group: &dyn Collective) -> Result<UniqueId> {
+        let UniqueId(mut bytes) = self.nccl.id();
+        // Whoever knows it can join: it travels where the nodes' authenticated messages do.
+        let mut words =
+            bytes.as_chunks::<4>().0.iter().map(|word| i32::from_le_bytes(*word)).collect::<Vec<_>>();
+        group.broadcast(0, words.as_mut_slice().into())?;
+        bytes.as_chunks_mut::<4>().0.iter_mut().zip(words).for_each(|(to, word)| *to = word.to_le_bytes());
+        Ok(UniqueId(bytes))
+    }
+
+    /// Joins the group `id` as `rank` and waits for the others.
+    ///
+    /// # Errors
+    /// [`CudaError::Collective`].
+    pub fn join(&self, driver: &dyn Driver, id: &UniqueId, rank: usize, world_size: usize) -> Result<()> {
         // The device must be current.
         driver.raw_stream()?;
         let options = Options { join_timeout: JOIN_TIMEOUT, ..Options::default() };
-        let communicator = Communicator::join(&self.nccl.library, &self.nccl.id, rank, world_size, options)
+        let communicator = Communicator::join(&self.nccl.library, id, rank, world_size, options)
             .map_err(|e| transport("join", &e))?;
         if let Some(ending) = self.ending.get() {
             ending.add(communicator.abort_handle());
