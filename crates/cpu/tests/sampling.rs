@@ -1,86 +1,36 @@
 //! Sampling over vocabulary slices against the definition: a sort of the whole row and sums in float64. Any number of ranks,
 //! slices of no width included, draws its token.
 
+mod common;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use candle_core::{Device, Tensor};
-use longhaul_backend::{
-    Backend, Collective, CollectiveError, Error, Result, Sampled, SamplingRow, SeenToken, Values, ValuesMut,
-    uniform,
-};
+use longhaul_backend::{Backend, Collective, Error, Result, Sampled, SamplingRow, SeenToken, uniform};
 use longhaul_collective::{Options, Threads};
 use longhaul_cpu::{Cpu, Precision};
 
+use common::{Counted, Counts};
+
 const WORLDS: [usize; 5] = [1, 2, 3, 5, 16];
-
-/// Counts what a rank sends.
-struct Counted {
-    group: Threads,
-    bytes: Arc<AtomicUsize>,
-    exchanges: Arc<AtomicUsize>,
-}
-
-impl Collective for Counted {
-    fn rank(&self) -> usize {
-        self.group.rank()
-    }
-    fn world_size(&self) -> usize {
-        self.group.world_size()
-    }
-    fn all_reduce(&self, values: ValuesMut<'_>) -> std::result::Result<(), CollectiveError> {
-        self.group.all_reduce(values)
-    }
-    fn reduce_scatter(
-        &self,
-        input: Values<'_>,
-        counts: &[usize],
-        output: ValuesMut<'_>,
-    ) -> std::result::Result<(), CollectiveError> {
-        self.group.reduce_scatter(input, counts, output)
-    }
-    fn all_gather(
-        &self,
-        input: Values<'_>,
-        counts: &[usize],
-        output: ValuesMut<'_>,
-    ) -> std::result::Result<(), CollectiveError> {
-        self.bytes.fetch_add(4 * input.len(), Ordering::Relaxed);
-        self.exchanges.fetch_add(1, Ordering::Relaxed);
-        self.group.all_gather(input, counts, output)
-    }
-    fn broadcast(&self, root: usize, values: ValuesMut<'_>) -> std::result::Result<(), CollectiveError> {
-        self.group.broadcast(root, values)
-    }
-    fn barrier(&self) -> std::result::Result<(), CollectiveError> {
-        self.group.barrier()
-    }
-    fn check(&self) -> std::result::Result<(), CollectiveError> {
-        self.group.check()
-    }
-    fn abort(&self, message: &str) {
-        self.group.abort(message);
-    }
-}
 
 /// A group of CPU ranks; what the first of them has sent.
 struct Ranks {
     cpus: Vec<Cpu>,
-    bytes: Arc<AtomicUsize>,
-    exchanges: Arc<AtomicUsize>,
+    sent: Arc<Counts>,
 }
 
 impl Ranks {
     fn new(world_size: usize) -> Self {
-        let (bytes, exchanges) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let sent = Arc::<Counts>::default();
         let cpu = |group: Threads| {
-            let counter = |of: &Arc<AtomicUsize>| if group.rank() == 0 { of.clone() } else { Arc::default() };
-            let (bytes, exchanges) = (counter(&bytes), counter(&exchanges));
-            Cpu::new(1, Precision::F32).unwrap().in_group(Arc::new(Counted { group, bytes, exchanges }))
+            let counts = if group.rank() == 0 { sent.clone() } else { Arc::default() };
+            Cpu::new(1, Precision::F32).unwrap().in_group(Arc::new(Counted { group, counts }))
         };
         let cpus = Threads::group(world_size, Options::default()).unwrap().into_iter().map(cpu).collect();
-        Self { cpus, bytes, exchanges }
+        Self { cpus, sent }
     }
 
     /// Every rank's outcome.
@@ -362,10 +312,14 @@ fn what_travels_is_small() {
     let mut random = Random(5);
     let mut sent = |vocab: usize, scale: f32, row: SamplingRow<'static>| {
         let logits = random.row(vocab, scale);
-        let before = (ranks.bytes.load(Ordering::Relaxed), ranks.exchanges.load(Ordering::Relaxed));
+        let counts = || {
+            let Counts { gathered_bytes, gathers, .. } = &*ranks.sent;
+            (gathered_bytes.load(Ordering::Relaxed), gathers.load(Ordering::Relaxed))
+        };
+        let before = counts();
         ranks.sample(&logits, &shares(vocab, 3, false), &[row]);
-        let bytes = ranks.bytes.load(Ordering::Relaxed) - before.0;
-        (bytes, ranks.exchanges.load(Ordering::Relaxed) - before.1)
+        let (bytes, exchanges) = counts();
+        (bytes - before.0, exchanges - before.1)
     };
     let row = SamplingRow { temperature: 1.0, seed: 2, ..SamplingRow::default() };
     for vocab in [2000, 60_000] {

@@ -1,19 +1,21 @@
 //! Tensor parallelism on the CPU: the goldens over any number of ranks, more than there are heads included, give the logits
 //! and the greedy tokens of one. Every rank reads its own part of the files and nothing else.
 
+mod common;
+
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 
-use longhaul_backend::{
-    Backend, Collective, CollectiveError, DType, SequenceInputs, StepInputs, Values, ValuesMut,
-};
+use longhaul_backend::{Backend, Collective, DType, SequenceInputs, StepInputs};
 use longhaul_collective::{Options, Threads};
 use longhaul_cpu::{Cpu, KvCache, Precision};
 use longhaul_model::{Model, ModelSpec, PositionProfile, ShardOptions, ShardPlan, WeightFormat};
 use longhaul_testkit::{Golden, assert_close, golden_cases};
 use longhaul_weights::{Checkpoint, TensorSource};
+
+use common::{Counted, Counts};
 
 /// max|Δlogits| / max|logits| in f32.
 const TOLERANCE: f32 = 2e-4;
@@ -106,18 +108,18 @@ fn run(
     let options = ShardOptions { expert_parallel, ..ShardOptions::default() };
     let plan = ShardPlan::new(&spec, world_size, &options).unwrap();
     let groups = Threads::group(world_size, Options::default()).unwrap();
-    let sums: Vec<Arc<AtomicUsize>> = groups.iter().map(|_| Arc::default()).collect();
+    let counts: Vec<Arc<Counts>> = groups.iter().map(|_| Arc::default()).collect();
     let results = thread::scope(|scope| {
         let (spec, plan) = (&spec, &plan);
         let ranks: Vec<_> = groups
             .into_iter()
-            .zip(&sums)
-            .map(|(group, sums)| Counted { group, sums: sums.clone() })
+            .zip(&counts)
+            .map(|(group, counts)| Counted { group, counts: counts.clone() })
             .map(|group| scope.spawn(move || run_rank(golden, spec, plan, steps, group)))
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     });
-    (results, sums[0].load(Ordering::Relaxed))
+    (results, counts[0].sums.load(Ordering::Relaxed))
 }
 
 fn check(golden: &Golden, world_size: usize, chunk: usize, expert_parallel: bool) {
@@ -158,53 +160,6 @@ fn experts_dealt_whole() {
             check(&golden, world_size, golden.input_ids.len(), true);
         }
         check(&golden, 20, 23, true);
-    }
-}
-
-/// A group that counts the sums.
-struct Counted {
-    group: Threads,
-    sums: Arc<AtomicUsize>,
-}
-
-impl Collective for Counted {
-    fn rank(&self) -> usize {
-        self.group.rank()
-    }
-    fn world_size(&self) -> usize {
-        self.group.world_size()
-    }
-    fn all_reduce(&self, values: ValuesMut<'_>) -> Result<(), CollectiveError> {
-        self.sums.fetch_add(1, Ordering::Relaxed);
-        self.group.all_reduce(values)
-    }
-    fn reduce_scatter(
-        &self,
-        input: Values<'_>,
-        counts: &[usize],
-        output: ValuesMut<'_>,
-    ) -> Result<(), CollectiveError> {
-        self.group.reduce_scatter(input, counts, output)
-    }
-    fn all_gather(
-        &self,
-        input: Values<'_>,
-        counts: &[usize],
-        output: ValuesMut<'_>,
-    ) -> Result<(), CollectiveError> {
-        self.group.all_gather(input, counts, output)
-    }
-    fn broadcast(&self, root: usize, values: ValuesMut<'_>) -> Result<(), CollectiveError> {
-        self.group.broadcast(root, values)
-    }
-    fn barrier(&self) -> Result<(), CollectiveError> {
-        self.group.barrier()
-    }
-    fn check(&self) -> Result<(), CollectiveError> {
-        self.group.check()
-    }
-    fn abort(&self, message: &str) {
-        self.group.abort(message);
     }
 }
 
