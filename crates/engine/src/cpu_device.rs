@@ -82,7 +82,7 @@ impl Ranks for CpuRanks<'_> {
             message: format!("rank {rank} of {}", ranks.len()),
         })?;
         let dtype = cpu_dtype(options, precision)?;
-        let layout: KvLayout = shard.kv_layout(spec, positions.block_size(), self.0.blocks(), dtype);
+        let layout: KvLayout = shard.kv_layout(spec, positions.block_size(), positions.blocks(), dtype);
         CpuRunner::new(model.overlapping(options.overlap_prefill_rows), layout)
     }
 

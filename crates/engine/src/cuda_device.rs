@@ -112,7 +112,7 @@ impl CudaDevices {
         let element = options.precision.on_cuda();
         let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
         let block_size = positions.block_size();
-        let blocks = positions.max_model_len.div_ceil(block_size);
+        let blocks = positions.blocks();
         let layout = shard.kv_layout(spec, block_size, blocks, options.kv_cache_dtype.on_cuda(dtype));
         let rows = if self.is_emulated { EMULATED_ROWS } else { CUDA_ROWS };
         let limits = Limits {

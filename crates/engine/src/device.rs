@@ -398,6 +398,6 @@ pub(crate) fn variant(kernels: Kernels) -> Variant {
 /// The pool that holds one sequence of the whole context, of all ranks together.
 pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType) -> KvLayout {
     let block_size = positions.block_size();
-    let blocks = positions.max_model_len.div_ceil(block_size);
+    let blocks = positions.blocks();
     RankShard::whole(spec).kv_layout(spec, block_size, blocks, dtype)
 }

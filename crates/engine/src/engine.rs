@@ -34,15 +34,28 @@ pub(crate) struct Sequence {
     pub(crate) length: usize,
 }
 
-/// Tokens of a request that the penalties look at.
-#[derive(Default)]
+/// Tokens of a request that its penalties look at; none where it has no penalties.
 pub(crate) struct Seen {
     pub(crate) tokens: Vec<SeenToken>,
     index: HashMap<u32, usize>,
+    penalised: bool,
 }
 
 impl Seen {
+    /// Those of the prompt.
+    pub(crate) fn new(sampling: &SamplingParams, prompt: &[u32]) -> Self {
+        let penalised = sampling.repetition_penalty != 1.0
+            || sampling.presence_penalty != 0.0
+            || sampling.frequency_penalty != 0.0;
+        let mut seen = Self { tokens: Vec::new(), index: HashMap::new(), penalised };
+        prompt.iter().for_each(|&id| seen.add(id, false));
+        seen
+    }
+
     pub(crate) fn add(&mut self, id: u32, generated: bool) {
+        if !self.penalised {
+            return;
+        }
         let at = *self.index.entry(id).or_insert_with(|| {
             self.tokens.push(SeenToken { id, generated: 0 });
             self.tokens.len() - 1
@@ -193,13 +206,7 @@ impl Engine {
         let end_tokens = if request.ignore_eos { Vec::new() } else { self.end_tokens() };
         let banned = self.padding_ids();
         let sampling = request.sampling;
-        let mut seen = Seen::default();
-        let penalised = sampling.repetition_penalty != 1.0
-            || sampling.presence_penalty != 0.0
-            || sampling.frequency_penalty != 0.0;
-        if penalised {
-            request.prompt.iter().for_each(|&id| seen.add(id, false));
-        }
+        let mut seen = Seen::new(&sampling, &request.prompt);
         let mut output = Output::new(self.tokenizer.clone(), &request.stop)?;
 
         let start = Instant::now();
@@ -228,9 +235,7 @@ impl Engine {
             if output.ids.len() == request.max_tokens {
                 break;
             }
-            if penalised {
-                seen.add(sampled.id, true);
-            }
+            seen.add(sampled.id, true);
             let step = self.step(sequence, &[sampled.id], vec![0]);
             let row = row(&sampling, output.ids.len() as u64, &seen.tokens, &banned);
             next = self.runner.sample(step, std::slice::from_ref(&row))?.pop();
@@ -246,7 +251,7 @@ impl Engine {
     }
 }
 
-fn row<'a>(
+pub(crate) fn row<'a>(
     sampling: &SamplingParams,
     position: u64,
     seen: &'a [SeenToken],

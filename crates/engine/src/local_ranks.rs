@@ -12,7 +12,7 @@ use longhaul_weights::TensorSource;
 
 use crate::device::{DeviceOptions, Placed};
 use crate::nodes::{RemoteNodes, Worker};
-use crate::ranks::{Follower, RankedRunner, Watch, is_consequence};
+use crate::ranks::{Follower, RankedRunner, Watch, first_cause};
 use crate::runner::{RankRunner, Runner};
 use crate::watchdog::Watchdog;
 use crate::{EngineError, Result};
@@ -28,13 +28,13 @@ pub(crate) struct Loading<'a> {
 }
 
 impl Loading<'_> {
-    /// Blocks of the pool that holds one sequence of the whole context.
-    pub(crate) fn blocks(&self) -> usize {
-        self.positions.max_model_len.div_ceil(self.positions.block_size())
-    }
-
     pub(crate) fn placed(&self, runner: Box<dyn Runner>, description: String) -> Placed {
-        Placed { runner, blocks: self.blocks(), block_size: self.positions.block_size(), description }
+        Placed {
+            runner,
+            blocks: self.positions.blocks(),
+            block_size: self.positions.block_size(),
+            description,
+        }
     }
 }
 
@@ -200,22 +200,4 @@ pub(crate) trait Ranks: Sync {
             message: format!("the thread of rank {rank} could not be started: {e}"),
         })
     }
-}
-
-/// All results, or the first failure, preferably one that is not the consequence of another.
-fn first_cause<T>(results: Vec<Result<T>>) -> Result<Vec<T>> {
-    let mut first: Option<EngineError> = None;
-    let mut all = Vec::with_capacity(results.len());
-    for result in results {
-        match result {
-            Ok(value) => all.push(value),
-            Err(error)
-                if first.as_ref().is_none_or(|first| is_consequence(first) && !is_consequence(&error)) =>
-            {
-                first = Some(error);
-            }
-            Err(_) => {}
-        }
-    }
-    first.map_or(Ok(all), Err)
 }

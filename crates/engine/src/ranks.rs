@@ -300,6 +300,24 @@ impl Runner for RankedRunner {
     }
 }
 
+/// All results, or the first failure, preferably one that is not the consequence of another.
+pub(crate) fn first_cause<T>(results: impl IntoIterator<Item = Result<T>>) -> Result<Vec<T>> {
+    let mut first: Option<EngineError> = None;
+    let mut all = Vec::new();
+    for result in results {
+        match result {
+            Ok(value) => all.push(value),
+            Err(error)
+                if first.as_ref().is_none_or(|first| is_consequence(first) && !is_consequence(&error)) =>
+            {
+                first = Some(error);
+            }
+            Err(_) => {}
+        }
+    }
+    first.map_or(Ok(all), Err)
+}
+
 #[cfg(test)]
 mod tests {
     use longhaul_backend::{DType, KvLayout, SequenceInputs};

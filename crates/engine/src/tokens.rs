@@ -4,7 +4,7 @@ use longhaul_backend::SamplingRow;
 
 use crate::Result;
 use crate::api::SamplingParams;
-use crate::engine::{Engine, Seen, Sequence};
+use crate::engine::{Engine, Seen, Sequence, row};
 
 /// Rows whose logits are held at once when prompt tokens are scored.
 const SCORED_ROWS: usize = 32;
@@ -109,32 +109,17 @@ impl Engine {
             .collect();
         let mask = mask(request.allowed, self.spec.vocab_size);
         let sampling = request.sampling;
-        let mut seen = Seen::default();
-        let penalised = sampling.repetition_penalty != 1.0
-            || sampling.presence_penalty != 0.0
-            || sampling.frequency_penalty != 0.0;
-        if penalised {
-            request.prompt.iter().for_each(|&id| seen.add(id, false));
-        }
+        let mut seen = Seen::new(&sampling, request.prompt);
         let mut last = request.prompt.last().copied().unwrap_or_default();
         for position in 0..request.max_tokens {
             if !observer.go_on() {
                 return Ok(TokenEnd::Cancelled);
             }
+            let banned = if position < request.min_tokens { &early } else { &padding };
             let row = SamplingRow {
-                temperature: sampling.temperature,
-                top_k: sampling.top_k,
-                top_p: sampling.top_p,
-                min_p: sampling.min_p,
-                repetition_penalty: sampling.repetition_penalty,
-                presence_penalty: sampling.presence_penalty,
-                frequency_penalty: sampling.frequency_penalty,
-                seed: sampling.seed,
-                position: position as u64,
-                seen: &seen.tokens,
                 bias: request.bias,
-                banned: if position < request.min_tokens { &early } else { &padding },
                 allowed: mask.as_deref(),
+                ..row(&sampling, position as u64, &seen.tokens, banned)
             };
             let top = self.alternatives(sequence, last, request.top_logprobs)?;
             let step = self.step(sequence, &[last], vec![0]);
@@ -153,9 +138,7 @@ impl Engine {
             if let Some(end) = end {
                 return Ok(end);
             }
-            if penalised {
-                seen.add(last, true);
-            }
+            seen.add(last, true);
         }
         Ok(TokenEnd::Length)
     }

@@ -165,6 +165,11 @@ impl PositionProfile {
         }
     }
 
+    /// KV blocks of one sequence of the whole context.
+    pub fn blocks(&self) -> usize {
+        self.max_model_len.div_ceil(self.block_size())
+    }
+
     /// Tokens of a KV block: the largest power of two up to 64 that divides the chunk length, so that no block
     /// straddles a chunk.
     pub fn block_size(&self) -> usize {

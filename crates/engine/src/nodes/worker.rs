@@ -9,7 +9,7 @@ use longhaul_nodes::{Channel, Connection, Liveness, MOST_BYTES, NodesError};
 
 use super::message::{self, FIRST_KIND, Message};
 use super::{LAST_WORDS, Star, ended, lose};
-use crate::ranks::{Follower, Grace, Member, Watch, is_consequence};
+use crate::ranks::{Follower, Grace, Member, Watch, first_cause, is_consequence};
 use crate::runner::Goal;
 use crate::{EngineError, Result};
 
@@ -105,14 +105,11 @@ impl Drop for Worker {
 fn step(followers: &mut [Follower], inputs: &StepInputs, goal: &Goal) -> Result<()> {
     followers.iter_mut().for_each(|follower| follower.start(inputs, goal));
     let mut grace = Grace::default();
-    let mut first: Option<EngineError> = None;
-    for follower in followers {
-        let Err(source) = follower.finish(&mut grace) else { continue };
-        if is_consequence(&source) {
-            first.get_or_insert(source);
-        } else if first.as_ref().is_none_or(is_consequence) {
-            first = Some(EngineError::Rank { rank: follower.rank(), source: Box::new(source) });
-        }
-    }
-    first.map_or(Ok(()), Err)
+    let results = followers.iter_mut().map(|follower| {
+        follower.finish(&mut grace).map_err(|source| match is_consequence(&source) {
+            true => source,
+            false => EngineError::Rank { rank: follower.rank(), source: Box::new(source) },
+        })
+    });
+    first_cause(results).map(drop)
 }
