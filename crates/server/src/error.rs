@@ -130,6 +130,7 @@ impl From<Failure> for ApiError {
         let message = failure.to_string();
         match failure {
             Failure::Engine(_) | Failure::Numeric | Failure::SlowReader => Self::internal(message),
+            Failure::Grammar(_) => Self::bad_request(message),
             Failure::Deadline => Self::new(StatusCode::GATEWAY_TIMEOUT, "GatewayTimeoutError", message),
             Failure::Drained => Self::draining(),
         }

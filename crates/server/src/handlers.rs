@@ -197,6 +197,7 @@ impl Call {
             id,
             prompt,
             sampling: common.sampling.clone(),
+            grammar: None,
             max_tokens,
             n: common.n,
             logprobs: None,

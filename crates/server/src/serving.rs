@@ -1,5 +1,6 @@
 //! The seam between HTTP and whatever runs the model: token ids in, token events out.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
@@ -81,6 +82,28 @@ pub struct Sampling {
     pub ignore_eos: bool,
 }
 
+/// What the text of a choice has to look like: a compiled grammar.
+pub trait Grammar: fmt::Debug + Send + Sync {
+    /// A matcher at the beginning of the text, one for each choice.
+    fn matcher(&self) -> Box<dyn Matcher>;
+}
+
+/// Follows one choice through its grammar. Called between the steps of the engine: microseconds, not milliseconds.
+pub trait Matcher: Send {
+    /// The ids that may come next: bit `id % 32` of word `id / 32`. An end-of-sequence id is among them exactly where the text
+    /// may end.
+    ///
+    /// # Errors
+    /// A sentence for the client: the grammar needs more than its budget, or nothing may follow.
+    fn allowed(&mut self) -> Result<&[u32], String>;
+
+    /// Takes the id that was drawn.
+    ///
+    /// # Errors
+    /// A sentence for the client: the id may not follow.
+    fn accept(&mut self, id: u32) -> Result<(), String>;
+}
+
 /// A request as the engine takes it.
 #[derive(Debug, Clone)]
 pub struct Submission {
@@ -90,6 +113,8 @@ pub struct Submission {
     pub prompt: Arc<[u32]>,
     /// How tokens are drawn. Choice `i` of `n` draws with seed `seed + i`.
     pub sampling: Sampling,
+    /// What the text of each choice has to look like.
+    pub grammar: Option<Arc<dyn Grammar>>,
     /// Most tokens a choice; prompt and this fit `max_model_len`. 0: nothing but the prompt's log probabilities.
     pub max_tokens: usize,
     /// Independent continuations of the prompt, 1 to 64.
@@ -142,6 +167,9 @@ pub enum Failure {
     /// The model computed something that is not a number for this request.
     #[error("the model's output is not finite; the request was ended")]
     Numeric,
+    /// The grammar of the request leads nowhere.
+    #[error("structured output: {0}")]
+    Grammar(String),
     /// The deadline passed.
     #[error("the request took longer than its deadline")]
     Deadline,
@@ -232,6 +260,12 @@ pub struct Snapshot {
     pub prefix_hits: u64,
     /// Steps computed, ever.
     pub steps: u64,
+    /// Times that tokens were guessed ahead of the model (speculative decoding), ever.
+    pub drafts: u64,
+    /// Tokens guessed.
+    pub draft_tokens: u64,
+    /// Of those, accepted.
+    pub accepted_tokens: u64,
 }
 
 #[derive(Default)]
