@@ -45,7 +45,7 @@ pub use ledger::Outcome;
 pub use lifecycle::{Lifecycle, Phase};
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
-    Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken, Refusal, Sampling,
-    Serving, Snapshot, Submission, TokenScore, channel,
+    Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
+    Refusal, Sampling, Serving, Snapshot, Submission, TokenScore, channel,
 };
 pub use single::{Defaults, QueueLimits, SingleSequence};
