@@ -42,6 +42,10 @@ pub struct Config {
     pub max_step_rows: usize,
     /// Most prefill rows of a step that has decode rows, too: bounds the time between two tokens of a stream.
     pub max_mixed_prefill_rows: usize,
+    /// Most rows of a step whose logits are wanted, drawn from or scored; at least `max_running`, better `max_scored_rows` more.
+    pub max_logit_rows: usize,
+    /// Most prefill rows of scored requests in a step, of all of them together: the logits of each are wanted.
+    pub max_scored_rows: usize,
     /// Steps that may be planned before the results of the first are known: 1, or 2 to plan a step while another runs.
     pub max_in_flight: usize,
     /// Blocks that stay available when a request is admitted beside others. At least one per running sequence does in any
@@ -75,7 +79,7 @@ pub struct Config {
 
 impl Config {
     /// Usual values for a pool of `blocks` blocks of `block_size` tokens: a budget of 2,048 rows a step, 512 of them for prefill
-    /// while others decode, 256 sequences, 1 % of the pool as watermark, 1,024 waiting requests.
+    /// while others decode, 32 scored rows, 256 sequences, 1 % of the pool as watermark, 1,024 waiting requests.
     pub fn new(blocks: usize, block_size: usize, max_model_len: usize) -> Self {
         Self {
             blocks,
@@ -84,6 +88,8 @@ impl Config {
             max_running: 256,
             max_step_rows: 2048,
             max_mixed_prefill_rows: 512,
+            max_logit_rows: usize::MAX,
+            max_scored_rows: 32,
             max_in_flight: 1,
             watermark_blocks: blocks / 100,
             priority_levels: 8,
@@ -111,6 +117,16 @@ impl Config {
         self.max_step_rows.saturating_sub(self.max_running).min(self.max_mixed_prefill_rows)
     }
 
+    /// Rows of scored requests that every step has room for, however many sequences draw tokens in it.
+    pub fn min_scored_rows(&self) -> usize {
+        self.scored_rows_beside(self.max_running.saturating_sub(1)).min(self.min_prefill_rows())
+    }
+
+    /// Most rows of scored requests beside `draws` logit rows of other sequences.
+    pub(crate) fn scored_rows_beside(&self, draws: usize) -> usize {
+        self.max_logit_rows.saturating_sub(draws).min(self.max_scored_rows)
+    }
+
     /// Checks that the sizes make a scheduler that can run anything.
     ///
     /// # Errors
@@ -122,6 +138,7 @@ impl Config {
             ("max_model_len", self.max_model_len),
             ("max_running", self.max_running),
             ("max_mixed_prefill_rows", self.max_mixed_prefill_rows),
+            ("max_scored_rows", self.max_scored_rows),
             ("priority_levels", usize::from(self.priority_levels)),
             ("queue.requests", self.queue.requests),
             ("key_queue.requests", self.key_queue.requests),
@@ -144,6 +161,15 @@ impl Config {
                 format!(
                     "is {}; must exceed max_running ({}), or decoding leaves no row for a prompt",
                     self.max_step_rows, self.max_running
+                ),
+            );
+        }
+        if self.max_logit_rows < self.max_running {
+            return fail(
+                "max_logit_rows",
+                format!(
+                    "is {}; must be at least max_running ({}), since each sequence may draw a token",
+                    self.max_logit_rows, self.max_running
                 ),
             );
         }
@@ -175,17 +201,21 @@ mod tests {
     fn the_usual_values_are_in_order() {
         let config = Config::new(1000, 16, 4096);
         config.check().unwrap();
-        assert_eq!(config.min_prefill_rows(), 512);
+        assert_eq!((config.min_prefill_rows(), config.min_scored_rows()), (512, 32));
+        assert_eq!(Config { max_logit_rows: 256, ..config.clone() }.min_scored_rows(), 1);
+        assert_eq!(Config { max_step_rows: 260, ..config.clone() }.min_scored_rows(), 4);
         assert_eq!(config.blocks_for(17), 2);
     }
 
     #[test]
     fn a_wrong_field_is_named() {
         type Break = fn(&mut Config);
-        let cases: [(Break, &str); 8] = [
+        let cases: [(Break, &str); 10] = [
             (|c| c.blocks = 0, "blocks must be at least 1"),
             (|c| c.block_size = 0, "block_size must be"),
             (|c| c.max_step_rows = 256, "max_step_rows is 256"),
+            (|c| c.max_logit_rows = 255, "max_logit_rows is 255; must be at least max_running (256)"),
+            (|c| c.max_scored_rows = 0, "max_scored_rows must be"),
             (|c| c.max_in_flight = 3, "max_in_flight is 3"),
             (|c| c.priority_levels = 0, "priority_levels must"),
             (|c| c.aging_interval = Duration::ZERO, "aging_interval must"),

@@ -40,10 +40,12 @@
 //!    their KV again when it is its turn.
 //! 2. **Prefill**, with what is left of `max_step_rows`, and no more than `max_mixed_prefill_rows` beside decode rows. Half of it is
 //!    for the first in rank. The other half is for the rest, the key that was served least first, then the shorter prompt. What
-//!    one half leaves the other takes.
+//!    one half leaves the other takes. Rows of *scored* requests, whose logits are all wanted, are `max_scored_rows` at most; these
+//!    are halved in the same way.
 //! 3. **Admission**, as long as the second half has rows to give: of the highest class, those that were preempted, then
 //!    the key that was served least, then who came first. The one chosen gets blocks for all its tokens at once, cached ones
 //!    where the prefix is known. If they are not there, nobody is admitted: a large request is not passed by small ones.
+//!    Scored requests are passed over while those that run take all the rows that may be scored.
 //!
 //! **Rank** is the order (class, start, choice). A request's **class** is its priority, one more for each `aging_interval` since its
 //! arrival, up to the highest. A **key's service** is a virtual token counter (Sheng et al., "Fairness in Serving Large Language
@@ -53,13 +55,13 @@
 //!
 //! # What is promised
 //!
-//! With `m` = [`Config::min_prefill_rows`] and `len` = prompt and output tokens:
+//! With `m` = [`Config::min_prefill_rows`], `s` = [`Config::min_scored_rows`] and `len` = prompt and output tokens:
 //!
 //! - **One end.** Each submitted request gets one [`Update::Finished`], and nothing after it.
 //! - **Decoding waits for no prompt.** Between two tokens of a sequence that is not preempted lies one step of at most
 //!   `max_step_rows` rows, of which `max_mixed_prefill_rows` prefill.
 //! - **A prompt waits for no decoding.** A step with anything to prefill has room for `m` rows of it, and the first in rank gets half:
-//!   `n` prompt tokens take it at most `⌈2n / m⌉` steps.
+//!   `n` prompt tokens take it at most `⌈2n / m⌉` steps, and `⌈2n / s⌉` if they are scored (read `s` for `m` below, too).
 //! - **What is started ends.** In every step the first in rank among the running advances, and it is not preempted. So started
 //!   sequences end within `Σ (⌈2·len / m⌉·(1 + preemptions) + max_tokens)` steps, twice that with two steps in flight.
 //! - **No thrashing.** After `p` preemptions a sequence comes back beside others only when `max(watermark_blocks, running)·2^p`
@@ -68,7 +70,7 @@
 //! - **What waits starts.** After `(priority_levels − 1 − priority)·aging_interval` a request is in the highest class. From then on,
 //!   and before it starts, a key `j` other than its own, `k`, is served at most `max(0, c_k − c_j) + Q + G`: `c` are the counters, `Q` what
 //!   the requests of `k` before it cost, and `G` one prompt and the output that started requests of one key may still draw. Among keys
-//!   that use one priority, `|c_k − c_j| ≤ G`.
+//!   that use one priority, `|c_k − c_j| ≤ G`. (A scored request is passed over besides, but only while scored ones run, which end.)
 //! - **What never fits is refused at once**: longer than the context, or than the whole pool.
 //! - **Nobody's KV is another's.** A block is found by SHA-256 over all tokens before it and in it, a secret of the process, the
 //!   model, the position profile, the key (unless sharing is asked for) and the salt. It is written by one sequence that holds

@@ -33,6 +33,9 @@ pub struct PlannedSequence {
     pub kv_len: usize,
     /// KV blocks in order of position, as many as `kv_len` tokens need.
     pub block_table: Vec<u32>,
+    /// Whether the logits of all these rows are wanted ([`crate::Request::scored`]). Those that nothing is drawn from are not among
+    /// [`StepPlan::logit_rows`].
+    pub scored: bool,
 }
 
 /// A token to draw from a row's logits.
@@ -60,7 +63,7 @@ pub struct StepPlan {
     pub pending: Vec<PendingId>,
     /// The sequences in row order: those that decode, then prefill chunks.
     pub sequences: Vec<PlannedSequence>,
-    /// Rows whose logits are wanted, ascending; each is the last row of its sequence.
+    /// Rows that a token is drawn from, ascending; each is the last row of its sequence.
     pub logit_rows: Vec<usize>,
     /// What to draw, one for each of `logit_rows`.
     pub samples: Vec<PlannedSample>,

@@ -20,6 +20,34 @@ struct Draft {
     preempted: bool,
 }
 
+/// What a sequence has to prefill.
+#[derive(Clone, Copy)]
+struct Prefill {
+    id: SequenceId,
+    rows: usize,
+    /// Whether the logits of all these rows are wanted.
+    scored: bool,
+}
+
+/// Rows of a step that prefills may take.
+#[derive(Clone, Copy)]
+struct Room {
+    rows: usize,
+    /// Of these, rows that may be scored.
+    scored: usize,
+}
+
+impl Room {
+    /// Takes rows for `prefill`, at most one of `parts` equal parts of those that it may have.
+    fn take(&mut self, prefill: &Prefill, parts: usize) -> usize {
+        let most = if prefill.scored { self.rows.min(self.scored) } else { self.rows };
+        let rows = prefill.rows.min(most.div_ceil(parts));
+        self.rows -= rows;
+        self.scored -= if prefill.scored { rows } else { 0 };
+        rows
+    }
+}
+
 /// Copies of a block in the plan: they are made before any row is written, so they keep nobody from writing to it.
 fn pinned(pins: &[u32], block: u32) -> u32 {
     pins.iter().filter(|&&pin| pin == block).count() as u32
@@ -53,17 +81,13 @@ impl Scheduler {
         self.running = running;
     }
 
-    fn rows_left(&self, id: SequenceId) -> usize {
-        self.sequence(id).map_or(0, |(live, sequence)| sequence.rows_left(live.run_ahead))
-    }
-
     /// A row for every sequence that needs just one to draw its next token, the first in rank first. Whoever finds no block takes
     /// those of the last in rank, and gives up its own if it is that itself.
     fn plan_decode(&mut self, draft: &mut Draft) {
         let mut next = 0;
         while let Some(&id) = self.running.get(next) {
             next += 1;
-            if self.rows_left(id) != 1 {
+            if self.prefill(id).is_none_or(|prefill| prefill.rows != 1 || prefill.scored) {
                 continue;
             }
             while !self.make_writable(id, draft) {
@@ -116,59 +140,73 @@ impl Scheduler {
     }
 
     /// Prefill chunks, and the admission of sequences as long as their chunks have room. Half of the rows are for the first in
-    /// rank, the other half for the keys that were served least, short prompts first; what one half leaves the other takes.
+    /// rank, the other half for the keys that were served least, short prompts first; what one half leaves the other takes. Of the
+    /// rows that may be scored it is the same.
     fn plan_prefill(&mut self, draft: &mut Draft) {
         let decoding = draft.plan.ids.len();
-        let most = if decoding > 0 { self.config.max_mixed_prefill_rows } else { usize::MAX };
-        let budget = self.config.max_step_rows.saturating_sub(decoding).min(most);
         let in_step: BTreeSet<SequenceId> = draft.plan.sequences.iter().map(|s| s.id).collect();
-        let running = self.running.iter().copied().filter(|id| !in_step.contains(id));
-        let mut prefills: Vec<(SequenceId, usize)> =
-            running.map(|id| (id, self.rows_left(id))).filter(|&(_, rows)| rows > 0).collect();
+        let running = self.running.iter().filter(|id| !in_step.contains(id));
+        let mut prefills: Vec<Prefill> = running.filter_map(|&id| self.prefill(id)).collect();
         loop {
-            prefills.sort_by_cached_key(|&(id, _)| self.rank(id));
-            let others: usize = prefills.iter().skip(1).map(|(_, rows)| rows).sum();
-            let room = budget - prefills.first().map_or(0, |&(_, rows)| rows.min(budget.div_ceil(2)));
-            if draft.preempted || others >= room || self.running.len() >= self.config.max_running {
+            prefills.sort_by_cached_key(|prefill| self.rank(prefill.id));
+            let (_, mut room) = self.room(decoding, &prefills);
+            for prefill in prefills.iter().skip(1) {
+                room.take(prefill, 1);
+            }
+            if draft.preempted || room.rows == 0 || self.running.len() >= self.config.max_running {
                 break;
             }
-            let Some(id) = self.candidate() else { break };
-            if !self.admit(id) {
-                break;
+            match self.candidate(room.scored > 0).filter(|&id| self.admit(id)) {
+                Some(id) => prefills.extend(self.prefill(id)),
+                None => break,
             }
-            prefills.push((id, self.rows_left(id)));
         }
-        let Some((&(first, first_rows), others)) = prefills.split_first() else { return };
+        let (half, mut room) = self.room(decoding, &prefills);
+        let Some((&first, others)) = prefills.split_first() else { return };
         let mut others = others.to_vec();
-        others.sort_by_cached_key(|&(id, rows)| {
+        others.sort_by_cached_key(|&Prefill { id, rows, .. }| {
             let (class, started, choice) = self.rank(id);
             let counter = self.live.get(&id.request).map_or(0, |l| self.queue.counter(l.key));
             (class, counter, rows, started, choice)
         });
-        let mut left = budget - first_rows.min(budget.div_ceil(2));
-        let mut chunks = Vec::with_capacity(others.len());
-        for (id, rows) in others {
-            let rows = rows.min(left);
-            left -= rows;
-            chunks.push((id, rows));
-        }
-        let others: usize = chunks.iter().map(|(_, rows)| rows).sum();
-        self.push_rows(first, first_rows.min(budget - others), draft);
-        chunks.into_iter().for_each(|(id, rows)| self.push_rows(id, rows, draft));
+        let chunks: Vec<usize> = others.iter().map(|prefill| room.take(prefill, 1)).collect();
+        let rest = room.take(&Prefill { rows: first.rows - half, ..first }, 1);
+        self.push_rows(first.id, half + rest, draft);
+        others.iter().zip(chunks).for_each(|(prefill, rows)| self.push_rows(prefill.id, rows, draft));
+    }
+
+    /// What a sequence has to prefill, if anything.
+    fn prefill(&self, id: SequenceId) -> Option<Prefill> {
+        let (live, sequence) = self.sequence(id)?;
+        let rows = sequence.rows_left(live.run_ahead);
+        (rows > 0).then(|| Prefill { id, rows, scored: sequence.scores() })
+    }
+
+    /// The first prefill's rows of its half, and the room that this leaves for all.
+    fn room(&self, decoding: usize, prefills: &[Prefill]) -> (usize, Room) {
+        let most = if decoding > 0 { self.config.max_mixed_prefill_rows } else { usize::MAX };
+        let draws = decoding + prefills.iter().filter(|prefill| !prefill.scored).count();
+        let mut room = Room {
+            rows: self.config.max_step_rows.saturating_sub(decoding).min(most),
+            scored: self.config.scored_rows_beside(draws),
+        };
+        (prefills.first().map_or(0, |first| room.take(first, 2)), room)
     }
 
     /// Who gets blocks next: the highest priority; in it those that were started before; then the key that was served least; then
-    /// whoever came first.
-    fn candidate(&self) -> Option<SequenceId> {
+    /// whoever came first. Those whose rows are to be scored only if there is room for such rows (`scored`).
+    fn candidate(&self, scored: bool) -> Option<SequenceId> {
         let suspended = self.suspended.iter().filter_map(|&id| {
-            let live = self.live.get(&id.request)?;
-            Some(((Reverse(self.class(live)), 0, 0, live.started?, id.choice), id))
+            let (live, sequence) = self.sequence(id)?;
+            let order = (Reverse(self.class(live)), 0, 0, live.started?, id.choice);
+            (scored || !sequence.scores()).then_some((order, id))
         });
         let waiting = self.queue.heads().filter_map(|(key, request)| {
             let live = self.live.get(&request)?;
             let order = (Reverse(self.class(live)), 1, self.queue.counter(key), live.arrival, 0);
             let room = self.queue.started(key) < self.config.key_max_started;
-            room.then_some((order, SequenceId { request, choice: 0 }))
+            let runs = scored || live.sequences.first().is_some_and(|s| !s.scores());
+            (room && runs).then_some((order, SequenceId { request, choice: 0 }))
         });
         suspended.chain(waiting).min().map(|(_, id)| id)
     }
@@ -191,9 +229,10 @@ impl Scheduler {
         };
         // The last token is computed in any case, since its logits are wanted.
         let reusable = (sequence.len() - 1) / block_size;
+        let scores = sequence.scores();
         let chain = match live.root {
-            Some(root) => sequence.hash_blocks(root, block_size, reusable),
-            None => &[],
+            Some(root) if !scores => sequence.hash_blocks(root, block_size, reusable),
+            _ => &[],
         };
         let room = self.blocks.available();
         if needed.saturating_add(spare) > room {
@@ -225,7 +264,7 @@ impl Scheduler {
         live.cached_tokens = hits * block_size;
         self.next_start += 1;
         self.counts.cache_hits += (hits * block_size) as u64;
-        self.counts.cache_queries += live.load.tokens as u64;
+        self.counts.cache_queries += if scores { 0 } else { live.load.tokens as u64 };
         let (key, priority, load) = (live.key, live.priority, live.load);
         let computed = (load.tokens - hits * block_size) as u64;
         self.queue.remove(key, priority, id.request, load);
@@ -250,6 +289,7 @@ impl Scheduler {
             plan.ids.push(token.unwrap_or(0));
         }
         let draws = kv_len == sequence.end(live.run_ahead);
+        let scored = sequence.scores();
         sequence.planned = kv_len;
         let blocks = self.config.blocks_for(kv_len);
         plan.sequences.push(PlannedSequence {
@@ -257,6 +297,7 @@ impl Scheduler {
             rows,
             kv_len,
             block_table: sequence.blocks.iter().take(blocks).copied().collect(),
+            scored,
         });
         draft.requests.insert((live.arrival, id.request));
         if draws {

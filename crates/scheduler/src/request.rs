@@ -49,6 +49,11 @@ pub struct Request {
     /// Whether a step may be planned before the host has seen the token that it continues. False for requests whose
     /// sampling depends on the tokens so far (penalties, grammars).
     pub run_ahead: bool,
+    /// Whether the logits of all prompt rows are wanted, not the last one's alone (`prompt_logprobs`). The first choice then computes
+    /// them all: it reads nothing from the prefix cache before its first token. They come in order, in steps of at most
+    /// [`crate::Config::max_scored_rows`], marked by [`crate::PlannedSequence::scored`]. A preemption before the first token
+    /// makes them begin again.
+    pub scored: bool,
 }
 
 impl Request {
@@ -68,6 +73,7 @@ impl Request {
             cache_salt: Vec::new(),
             bytes,
             run_ahead: true,
+            scored: false,
         }
     }
 }

@@ -215,8 +215,10 @@ impl Scheduler {
             root_hash(cache_identity, *block_size, &request.cache, key, &request.cache_salt)
         });
         let prompt: Arc<[u32]> = prompt.into();
-        let sequence =
-            |choice| Sequence::new(SequenceId { request: id, choice }, Arc::clone(&prompt), max_tokens);
+        let sequence = |choice| {
+            let scored = request.scored && choice == 0;
+            Sequence::new(SequenceId { request: id, choice }, Arc::clone(&prompt), max_tokens, scored)
+        };
         let latest = self.config.max_request_time.map(|time| self.now.saturating_add(time));
         let deadline = [request.deadline, latest].into_iter().flatten().min();
         let queue_deadline = self.config.queue_timeout.map(|time| self.now.saturating_add(time));

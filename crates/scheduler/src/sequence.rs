@@ -25,6 +25,8 @@ pub(crate) struct Sequence {
     /// Tokens drawn, without a stop token.
     pub(crate) output: Vec<u32>,
     pub(crate) max_tokens: usize,
+    /// Whether the logits of all its prompt rows are wanted.
+    scored: bool,
     /// Blocks it holds, in order of position.
     pub(crate) blocks: Vec<u32>,
     /// Hashes of its leading full blocks, as far as they were needed.
@@ -45,13 +47,14 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(id: SequenceId, prompt: Arc<[u32]>, max_tokens: usize) -> Self {
+    pub(crate) fn new(id: SequenceId, prompt: Arc<[u32]>, max_tokens: usize, scored: bool) -> Self {
         Self {
             id,
             phase: Phase::New,
             prompt,
             output: Vec::new(),
             max_tokens,
+            scored,
             blocks: Vec::new(),
             hashes: Vec::new(),
             published: 0,
@@ -79,6 +82,11 @@ impl Sequence {
             None => self.prompt.get(position).copied(),
             Some(index) => self.output.get(index).copied(),
         }
+    }
+
+    /// Whether the logits of the rows that it has to compute next are all wanted.
+    pub(crate) fn scores(&self) -> bool {
+        self.scored && self.planned < self.prompt.len() && self.output.is_empty()
     }
 
     /// The length at which the next token is drawn.

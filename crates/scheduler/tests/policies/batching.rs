@@ -1,6 +1,8 @@
 //! Rows of a step.
 
-use longhaul_scheduler::{Config, PendingId, ResultsError, SampleResult, StepId, StepResults};
+use longhaul_scheduler::{
+    Config, PendingId, PlannedSequence, Request, RequestId, ResultsError, SampleResult, StepId, StepResults,
+};
 
 use crate::harness::{Harness, TOKEN, choice, config, first, prompt, rows};
 
@@ -146,4 +148,80 @@ fn a_request_that_does_not_fit_now_is_not_passed() {
     assert!(first(&plans, large) <= first(&plans, small));
     assert!(first(&plans, small) > 3, "there was room for it all the time");
     assert_eq!(h.usage(running).preemptions, 0);
+}
+
+/// Prompts whose every row is to be scored: rows that are scored are few, and other prompts pass.
+#[test]
+fn scored_rows_are_bounded_and_hold_up_nobody() {
+    let mut h = Harness::new(Config { max_scored_rows: 6, ..config(400) });
+    let scored = |h: &mut Harness, key, len| {
+        let request = h.request(key, prompt(key as u32, len), 1);
+        h.send(Request { scored: true, ..request })
+    };
+    let long = scored(&mut h, 0, 60);
+    let short = scored(&mut h, 1, 9);
+    let other = h.submit(2, prompt(2, 30), 1);
+    let last = scored(&mut h, 3, 9);
+    let plans = h.run();
+    let chunks = |id| plans.iter().map(|plan| rows(plan, id)).collect::<Vec<_>>();
+    assert_eq!(chunks(other)[..2], [18, 12], "all that is left");
+    assert_eq!(chunks(short)[..3], [3, 3, 3], "a half of the six");
+    assert_eq!(chunks(last)[..6], [0, 0, 0, 3, 3, 3], "it comes when there are rows for it");
+    assert_eq!(chunks(long), [vec![3; 6], vec![6; 7]].concat());
+    for s in plans.iter().flat_map(|plan| &plan.sequences) {
+        assert_eq!(s.scored, s.id.request != other);
+    }
+}
+
+/// `⌈2n / min_scored_rows⌉` steps, whatever else there is.
+#[test]
+fn a_scored_prompt_is_not_held_up() {
+    let config = Config { max_running: 4, max_logit_rows: 7, max_scored_rows: 6, ..config(400) };
+    assert_eq!(config.min_scored_rows(), 4);
+    let mut h = Harness::new(config);
+    let long = h.request(0, prompt(0, 60), 1);
+    let long = h.send(Request { scored: true, ..long });
+    let mut turns = 0;
+    while h.outcome(long).is_none() {
+        for key in 1..4 {
+            let request = h.request(key, prompt(turns * 4 + key as u32, 11), 9);
+            h.send(Request { scored: turns % 2 == 0, ..request });
+        }
+        if let Some(plan) = h.turn().filter(|plan| rows(plan, long) > 0) {
+            let unread = |s: &&PlannedSequence| s.scored && plan.samples.iter().all(|d| d.sequence != s.id);
+            let unread: usize = plan.sequences.iter().filter(unread).map(|s| s.rows).sum();
+            assert!(plan.samples.len() + unread <= 7, "{plan:?}");
+        }
+        turns += 1;
+    }
+    assert!(turns <= 1 + 2 * 60 / 4, "{turns} turns");
+}
+
+/// What others have computed is of no use when the logits are wanted, but what it computes is of use to others.
+#[test]
+fn a_scored_prompt_reads_no_cache_and_feeds_it() {
+    let mut h = Harness::new(config(40));
+    let request = h.request(1, prompt(0, 10), 2);
+    for scored in [true, true, false] {
+        let id = RequestId(request.id.0 + 10 + h.scheduler.snapshot().received);
+        h.send(Request { id, scored, ..request.clone() });
+        let plans = h.run();
+        let cached = if scored { 0 } else { 8 };
+        assert_eq!((rows(&plans[0], id), h.usage(id).cached_tokens), (10 - cached, cached));
+    }
+    assert_eq!(h.scheduler.snapshot().cache_queries, 10, "of the one that looked");
+}
+
+/// The choices after the first have nothing to be scored, nor has the first after its first token.
+#[test]
+fn scoring_ends_with_the_prompt() {
+    let mut h = Harness::new(Config { max_in_flight: 2, max_scored_rows: 4, ..config(40) });
+    let request = h.request(1, prompt(0, 6), 3);
+    h.send(Request { scored: true, choices: 2, ..request });
+    let scored: Vec<_> = std::iter::from_fn(|| h.turn())
+        .flat_map(|plan| plan.sequences)
+        .map(|s| (s.id.choice, s.rows, s.scored))
+        .collect();
+    assert_eq!(scored[..3], [(0, 4, true), (0, 2, true), (0, 1, false)]);
+    assert!(scored[2..].iter().all(|&(_, _, scored)| !scored) && scored.iter().any(|s| s.0 == 1));
 }

@@ -31,6 +31,8 @@ pub struct Row {
     pub choices: Vec<Choice>,
     pub blame: Blame,
     arrived: Duration,
+    /// Prompt rows whose logits were computed, in order, since it last began.
+    pub scored: usize,
     /// Tokens that the client has not read.
     pub unread: usize,
     pub outcome: Option<Outcome>,
@@ -42,6 +44,8 @@ pub struct Ledger {
     pub tokens: u64,
     pub max_preemptions: u32,
     pub cached_tokens: u64,
+    /// Prompt tokens of requests that were scored to their end.
+    pub scored_tokens: u64,
     pub outcomes: BTreeMap<Outcome, u64>,
 }
 
@@ -63,6 +67,7 @@ impl Ledger {
             tokens: 0,
             max_preemptions: 0,
             cached_tokens: 0,
+            scored_tokens: 0,
             outcomes: BTreeMap::new(),
         }
     }
@@ -73,6 +78,7 @@ impl Ledger {
         let row = Row {
             choices: (0..request.choices).map(|_| choice()).collect(),
             arrived: now,
+            scored: 0,
             blame: Blame::default(),
             unread: 0,
             outcome: None,
@@ -100,6 +106,13 @@ impl Ledger {
     ) -> Result<(), String> {
         match *update {
             Update::Token { sequence, token } => {
+                let row = self.rows.get(&sequence.request).filter(|row| row.request.scored);
+                if let Some(row) = row.filter(|r| sequence.choice == 0 && r.choices[0].tokens.is_empty()) {
+                    if row.scored != row.request.prompt.len() {
+                        return Err(format!("{sequence:?} draws after {} scored rows", row.scored));
+                    }
+                    self.scored_tokens += row.scored as u64;
+                }
                 let (row, choice) = self.open(sequence)?;
                 let expected = choice.oracle.next();
                 if token != expected {
@@ -144,6 +157,9 @@ impl Ledger {
                     return Err(format!("{id:?} was preempted {} times", usage.preemptions));
                 }
                 self.max_preemptions = self.max_preemptions.max(usage.preemptions);
+                if row.request.scored && usage.cached_tokens > 0 {
+                    return Err(format!("{id:?} is to be scored and skips {} rows", usage.cached_tokens));
+                }
                 self.cached_tokens += usage.cached_tokens as u64;
                 match justified(row, outcome, refusal.as_ref(), config, now, stopped) {
                     true => Ok(()),

@@ -54,6 +54,7 @@ fn check(totals: &Totals) {
     println!("{totals:#?}");
     let met = [
         ("cached tokens", totals.cached_tokens),
+        ("scored tokens", totals.scored_tokens),
         ("copies on write", totals.copies),
         ("zeroed blocks", totals.scrubs),
         ("preemptions", totals.preemptions),

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use longhaul_backend::{DType, HeadGroups, KvLayout, SequenceInputs, StepInputs};
 use longhaul_scheduler::{
-    CacheIdentity, CacheScope, Config, Event, FinishReason, KeyId, QueueLimits, Request, RequestId,
-    SampleResult, Scheduler, SequenceId, StepPlan, StepResults,
+    CacheIdentity, CacheScope, Config, Event, FinishReason, KeyId, PlannedSequence, QueueLimits, Request,
+    RequestId, SampleResult, Scheduler, SequenceId, StepPlan, StepResults,
 };
 
 use crate::ledger::{Ledger, realm, stop_tokens};
@@ -20,6 +20,7 @@ pub struct Totals {
     pub steps: u64,
     pub tokens: u64,
     pub cached_tokens: u64,
+    pub scored_tokens: u64,
     pub copies: u64,
     pub scrubs: u64,
     pub preemptions: u64,
@@ -38,6 +39,7 @@ impl Totals {
         self.steps += other.steps;
         self.tokens += other.tokens;
         self.cached_tokens += other.cached_tokens;
+        self.scored_tokens += other.scored_tokens;
         self.copies += other.copies;
         self.scrubs += other.scrubs;
         self.preemptions += other.preemptions;
@@ -96,6 +98,8 @@ fn config(rng: &mut Rng) -> Config {
         max_running,
         max_step_rows: max_running + rng.range(1, 40),
         max_mixed_prefill_rows: rng.range(1, 24),
+        max_logit_rows: if rng.permille(500) { max_running + rng.below(12) } else { usize::MAX },
+        max_scored_rows: rng.range(1, 16),
         max_in_flight: rng.range(1, 2),
         watermark_blocks: rng.below(4),
         priority_levels: rng.range(1, 4) as u8,
@@ -110,6 +114,11 @@ fn config(rng: &mut Rng) -> Config {
         cache_identity: CacheIdentity { secret: [rng.below(256) as u8; 32], ..CacheIdentity::default() },
         ..Config::new(blocks, block_size, rng.range(24, 120).min(blocks * block_size * 5 / 4))
     }
+}
+
+/// Whether a token is drawn for a sequence.
+fn draws_in(plan: &StepPlan, sequence: &PlannedSequence) -> bool {
+    plan.samples.iter().any(|sample| sample.sequence == sequence.id)
 }
 
 /// A plan is what a device takes: it becomes step inputs as it is, and they are in order.
@@ -204,7 +213,11 @@ impl World {
     fn bound(&self) -> usize {
         let alone = |row: &crate::ledger::Row| {
             let r = &row.request;
-            let prefill = 2 * (r.prompt.len() + r.max_tokens).div_ceil(self.config.min_prefill_rows());
+            let rows = match r.scored {
+                true => self.config.min_scored_rows(),
+                false => self.config.min_prefill_rows(),
+            };
+            let prefill = 2 * (r.prompt.len() + r.max_tokens).div_ceil(rows);
             r.choices * (prefill + r.max_tokens + 2)
         };
         let all: usize = self.ledger.live.iter().filter_map(|id| self.ledger.rows.get(id)).map(alone).sum();
@@ -315,6 +328,7 @@ impl World {
             },
             cache_salt: if rng.permille(200) { vec![7] } else { Vec::new() },
             run_ahead: !rng.permille(300),
+            scored: rng.permille(150),
             ..Request::new(id, key, prompt, max_tokens)
         }
     }
@@ -426,6 +440,13 @@ impl World {
         if decodes && prefill > config.max_mixed_prefill_rows {
             return fail("prefill over its budget".into());
         }
+        let scored = || plan.sequences.iter().filter(|s| s.scored);
+        let unread = scored().map(|s| s.rows).sum::<usize>() - scored().filter(|s| draws_in(plan, s)).count();
+        if scored().map(|s| s.rows).sum::<usize>() > config.max_scored_rows
+            || plan.samples.len() + unread > config.max_logit_rows
+        {
+            return fail("more logits than a step may have".into());
+        }
         let destinations: BTreeSet<u32> = plan.copies.iter().map(|c| c.destination).collect();
         if destinations.len() != plan.copies.len()
             || plan.copies.iter().any(|c| destinations.contains(&c.source))
@@ -450,6 +471,15 @@ impl World {
                     return fail(format!("row {row} is not token {known:?} of {:?}", s.id));
                 }
                 row += 1;
+            }
+            if let Some(request) = self.ledger.rows.get_mut(&s.id.request).filter(|_| s.scored) {
+                if !request.request.scored || s.id.choice > 0 || s.kv_len > request.request.prompt.len() {
+                    return fail(format!("{:?} has nothing to be scored there", s.id));
+                }
+                match s.kv_len - s.rows {
+                    first if first == 0 || first == request.scored => request.scored = s.kv_len,
+                    _ => return fail(format!("{:?} was scored to {}", s.id, request.scored)),
+                }
             }
             if let Some((_, sample)) = draws.next_if(|(at, _)| **at == row - 1) {
                 let prompt = self.ledger.rows.get(&s.id.request).map_or(0, |r| r.request.prompt.len());
@@ -501,6 +531,7 @@ impl World {
         }
         self.totals.tokens = self.ledger.tokens;
         self.totals.cached_tokens = self.ledger.cached_tokens;
+        self.totals.scored_tokens = self.ledger.scored_tokens;
         self.totals.max_preemptions = self.ledger.max_preemptions;
         self.totals.outcomes = self.ledger.outcomes.iter().map(|(o, &n)| (o.label(), n)).collect();
         Ok(self.totals)
