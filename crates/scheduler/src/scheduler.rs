@@ -124,7 +124,7 @@ pub struct Scheduler {
     /// When queued and started requests are too late.
     timers: BTreeSet<(Duration, RequestId)>,
     state: State,
-    updates: Vec<Update>,
+    pub(crate) updates: Vec<Update>,
 }
 
 impl Scheduler {
