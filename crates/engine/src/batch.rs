@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use longhaul_backend::{Draw, SamplingRow, SeenToken, SequenceInputs, StepInputs};
 
+use crate::EngineError;
 use crate::api::SamplingParams;
 use crate::engine::{Engine, row};
 use crate::runner::{BlockChanges, Outcome, WholeLogits};
-use crate::{EngineError, Result};
 
 /// One step. In this order: zero, copy, run the rows, draw.
 #[derive(Debug, Clone, Default)]

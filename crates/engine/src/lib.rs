@@ -24,7 +24,7 @@ mod nodes;
 mod ranks;
 mod runner;
 mod step_deadline;
-mod tokens;
+
 mod watchdog;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
@@ -40,4 +40,4 @@ pub use longhaul_cuda::driver::EmulatedOptions;
 pub use longhaul_cuda::group::AllReduce;
 pub use longhaul_model::LongContext;
 pub use nodes::NodeOptions;
-pub use tokens::{TokenEnd, TokenObserver, TokenRequest, TokenScore};
+pub use step_deadline::StepDeadline;
