@@ -89,7 +89,7 @@ pub struct BatchResults {
 #[error("{error}")]
 pub struct BatchError {
     /// What happened.
-    pub error: EngineError,
+    pub error: Box<EngineError>,
     /// Whether the engine goes on, its KV blocks being as the step's plan says. Otherwise only a new engine does.
     pub survived: bool,
 }
@@ -127,7 +127,7 @@ impl Engine {
     pub fn run_batch(&mut self, step: BatchStep) -> std::result::Result<BatchResults, BatchError> {
         let changes = BlockChanges { zero: step.zero, copies: step.copies };
         if !changes.is_empty() {
-            let lost = |error| BatchError { error, survived: false };
+            let lost = |error| BatchError { error: Box::new(error), survived: false };
             self.runner.change_blocks(&changes).map_err(lost)?;
         }
         let positions = step.sequences.iter().flat_map(|s| s.kv_len.saturating_sub(s.rows)..s.kv_len);
@@ -141,7 +141,7 @@ impl Engine {
         let logits = if step.scores.is_empty() { WholeLogits::Stay } else { WholeLogits::ToHost };
         let outcome = self.runner.run(inputs, &rows, logits).map_err(|error| {
             let survived = !is_fatal(&error);
-            BatchError { error, survived }
+            BatchError { error: Box::new(error), survived }
         })?;
         Ok(BatchResults { scores: self.scores(&step.scores, &outcome), draws: outcome.draws })
     }

@@ -181,7 +181,7 @@ impl Runner for CpuRunner {
     }
 
     fn change_blocks(&mut self, changes: &BlockChanges) -> Result<()> {
-        let layout = self.kv.layout().clone();
+        let layout = *self.kv.layout();
         changes.apply(self.model.backend(), &mut self.kv, &layout)
     }
 }

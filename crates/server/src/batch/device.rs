@@ -73,7 +73,7 @@ pub(super) fn run(
         let result = catch_unwind(AssertUnwindSafe(|| device.step(step))).unwrap_or_else(|_| {
             let error =
                 EngineError::Device { device: "the model's".into(), message: "a step panicked".into() };
-            Err(BatchError { error, survived: false })
+            Err(BatchError { error: Box::new(error), survived: false })
         });
         status.step_ends(size, began.elapsed());
         let lost = matches!(&result, Err(error) if !error.survived);

@@ -46,8 +46,17 @@ pub(super) struct StepLoop {
 struct Flight {
     /// For each sample of the plan: whose, its place, its draw, its scores.
     samples: Vec<Sample>,
-    /// Prompt tokens to be scored: whose, the position of the first, indices of the scores.
-    scored: Vec<(RequestId, usize, Vec<(u32, usize)>)>,
+    /// Prompt tokens that are scored.
+    scored: Vec<ScoredRows>,
+}
+
+/// Rows of a prompt whose next tokens are scored.
+struct ScoredRows {
+    request: RequestId,
+    /// Position of the first row.
+    first: usize,
+    /// The next token of each, and the index of its scores.
+    tokens: Vec<(u32, usize)>,
 }
 
 struct Sample {
@@ -215,8 +224,8 @@ impl StepLoop {
     /// Hands scores to their requests; the outcome of each sample.
     fn take(&mut self, flight: Flight, results: BatchResults) -> Vec<SampleResult> {
         let BatchResults { draws, mut scores } = results;
-        for (id, first, tokens) in flight.scored {
-            let Some(request) = self.requests.get_mut(&id) else { continue };
+        for ScoredRows { request, first, tokens } in flight.scored {
+            let Some(request) = self.requests.get_mut(&request) else { continue };
             let score = |(id, index): (u32, usize)| {
                 let scores = scores.get_mut(index).map(std::mem::take).unwrap_or_default();
                 TokenScore { id, logprob: scores.logprob.unwrap_or(f32::NEG_INFINITY), top: scores.top }
@@ -398,7 +407,11 @@ impl StepLoop {
                 step.draws.push(draw);
             }
             if let Some(position) = first_scored {
-                flight.scored.push((sequence.id.request, position, scored));
+                flight.scored.push(ScoredRows {
+                    request: sequence.id.request,
+                    first: position,
+                    tokens: scored,
+                });
             }
             first = rows.end;
             step.sequences.push(SequenceInputs {
