@@ -197,7 +197,7 @@ fn wait_for_drain(server: &Serve) {
 
 #[test]
 fn the_queue_is_bounded_and_leavers_make_room() {
-    let server = Serve::start(&["--max-num-queued-reqs", "1"]);
+    let server = Serve::start(&["--max-num-seqs", "1", "--max-num-queued-reqs", "1"]);
     let endless = json!({"prompt": "x", "max_tokens": 60000, "ignore_eos": true, "stream": true});
     let open = |body: &Value| {
         let mut stream = server.connect(&request(body));

@@ -1,4 +1,4 @@
-use crate::{CollectiveError, DType};
+use crate::{CollectiveError, DType, RowError};
 
 /// What a device can fail with. The request path never panics: every misuse is one of these.
 #[derive(Debug, thiserror::Error)]
@@ -50,18 +50,9 @@ pub enum Error {
     /// Another rank of the group failed, or did not arrive: only a new group can go on.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
-    /// Logits of a row were NaN or infinite: the request must fail instead of returning noise.
-    #[error("row {row}: logits are not finite")]
-    NotFinite {
-        /// Index into the rows handed to `sample`.
-        row: usize,
-    },
-    /// The rules of a row leave no token: all are banned or masked.
-    #[error("row {row}: no token is allowed")]
-    NothingAllowed {
-        /// Index into the rows handed to `sample`.
-        row: usize,
-    },
+    /// A row drew nothing.
+    #[error(transparent)]
+    Row(#[from] RowError),
     /// Sampling parameters that no device takes.
     #[error("row {row}: {detail}")]
     Sampling {

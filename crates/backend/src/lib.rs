@@ -26,7 +26,7 @@ pub use kv::{HeadGroups, KvLayout};
 pub use ops::{Backend, ExpertWeights, Linear, MoeWeights, SharedExpert};
 pub use pending::Pending;
 pub use rope::{Chunking, KeySegment, RopeTables};
-pub use sampling::{OwnedSamplingRow, Sampled, SamplingRow, SeenToken, uniform};
+pub use sampling::{Draw, OwnedSamplingRow, RowError, Sampled, SamplingRow, SeenToken, uniform};
 pub use slices::{
     Candidate, Largest, MOST_CANDIDATES, MOST_MEMBERS, PARTS, Part, SliceMasses, SliceSummary,
     VocabularySlice, Window, order_key, order_place, sample_slices, score_of_key,

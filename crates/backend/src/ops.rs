@@ -1,4 +1,4 @@
-use crate::{HostTensor, KvLayout, Pending, Result, RopeTables, Sampled, SamplingRow, StepInputs};
+use crate::{Draw, HostTensor, KvLayout, Pending, Result, RopeTables, SamplingRow, StepInputs};
 
 /// A linear layer: `y = x · weightᵀ + bias`.
 #[derive(Debug)]
@@ -281,13 +281,7 @@ pub trait Backend {
     /// ([`crate::sample_slices`]).
     ///
     /// # Errors
-    /// On all ranks alike: [`crate::Error::NotFinite`] for a row with NaN or infinite logits,
-    /// [`crate::Error::NothingAllowed`] for one whose rules leave no token, and those of [`SamplingRow::check`]. A rank that
-    /// failed, shapes that do not fit.
-    fn sample(
-        &self,
-        logits: &Self::Tensor,
-        shares: &[usize],
-        rows: &[SamplingRow<'_>],
-    ) -> Result<Vec<Sampled>>;
+    /// On all ranks alike: those of [`SamplingRow::check`]. A rank that failed, shapes that do not fit. A row that draws
+    /// nothing fails alone ([`crate::RowError`]).
+    fn sample(&self, logits: &Self::Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Draw>>;
 }

@@ -153,6 +153,20 @@ pub struct Sampled {
     pub logprob: f32,
 }
 
+/// Why a row drew nothing. The other rows of its batch are not concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RowError {
+    /// A logit was NaN or infinite: the request must fail instead of returning noise.
+    #[error("logits are not finite")]
+    NotFinite,
+    /// The rules of the row leave no token: all are banned or masked.
+    #[error("no token is allowed")]
+    NothingAllowed,
+}
+
+/// What became of a row.
+pub type Draw = std::result::Result<Sampled, RowError>;
+
 /// A uniform number in `[0, 1)` from Philox4x32-10 keyed by `seed`, counter `position`
 /// (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): every device draws the same one.
 pub fn uniform(seed: u64, position: u64) -> f32 {

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use longhaul_engine::{
     DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, EmulatedOptions, EngineError, Kernels,
-    KvCacheDtype, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
+    KvCacheDtype, KvPool, LoadFormat, Loader, LongContext, ModelRef, Precision, SamplingParams,
 };
 
 use crate::exit;
@@ -22,7 +22,7 @@ pub use all_reduce::AllReduceArg;
 pub use bench::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
 pub use nodes::NodesArgs;
 pub use plan::{KvDType, PlanArgs, PlanDType};
-pub use serve::{GenerationConfigArg, ServeArgs};
+pub use serve::{GenerationConfigArg, OnOffArg, ServeArgs};
 use values::{emulator_options, fraction, token_count};
 
 /// Serves the Qwen2 family with exact long context.
@@ -145,6 +145,9 @@ impl ModelArgs {
                     DTypeArg::Bfloat16 => Precision::Bfloat16,
                 },
                 kv_cache_dtype: self.kv_cache_dtype.into(),
+                kv_pool: KvPool::default(),
+                max_sequences: None,
+                max_step_rows: None,
                 threads: self.threads,
                 tensor_parallel: self.tp.into(),
                 expert_parallel: self.expert_parallel,

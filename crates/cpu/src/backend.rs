@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use longhaul_backend::{
-    Backend, Collective, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Pending, Result,
-    RopeTables, Sampled, SamplingRow, Single, StepInputs, sample_slices,
+    Backend, Collective, Draw, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Pending,
+    Result, RopeTables, SamplingRow, Single, StepInputs, sample_slices,
 };
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -398,7 +398,7 @@ impl Backend for Cpu {
         with_values("to_host", x, |x| Ok(x.to_vec()))
     }
 
-    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Draw>> {
         const OP: &str = "sample";
         let (count, cols) = dims(OP, logits)?;
         let rank = self.group.rank();

@@ -8,7 +8,9 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use candle_core::{Device, Tensor};
-use longhaul_backend::{Backend, Collective, Error, Result, Sampled, SamplingRow, SeenToken, uniform};
+use longhaul_backend::{
+    Backend, Collective, Draw, Error, Result, RowError, Sampled, SamplingRow, SeenToken, uniform,
+};
 use longhaul_collective::{Options, Threads};
 use longhaul_cpu::{Cpu, Precision};
 
@@ -39,7 +41,7 @@ impl Ranks {
         logits: &[f32],
         shares: &[usize],
         rows: &[SamplingRow<'_>],
-    ) -> Vec<Result<Vec<Sampled>>> {
+    ) -> Vec<Result<Vec<Draw>>> {
         let vocab: usize = shares.iter().sum();
         thread::scope(|scope| {
             let start = |(rank, cpu)| {
@@ -60,6 +62,12 @@ impl Ranks {
     /// What all ranks agree on.
     #[track_caller]
     fn sample(&self, logits: &[f32], shares: &[usize], rows: &[SamplingRow<'_>]) -> Vec<Sampled> {
+        self.draws(logits, shares, rows).into_iter().map(|draw| draw.unwrap()).collect()
+    }
+
+    /// The same, where rows may fail.
+    #[track_caller]
+    fn draws(&self, logits: &[f32], shares: &[usize], rows: &[SamplingRow<'_>]) -> Vec<Draw> {
         let mut ranks = self.try_sample(logits, shares, rows).into_iter().map(Result::unwrap);
         let first = ranks.next().unwrap();
         for (rank, other) in ranks.enumerate() {
@@ -332,14 +340,16 @@ fn what_travels_is_small() {
     }
 }
 
-/// What fails one row fails it on all ranks alike, wherever it lies, and the group goes on.
+/// What fails one row fails it alone, on all ranks alike, wherever it lies.
 #[test]
-fn rows_that_fail_are_named_on_all_ranks() {
+fn rows_fail_alone_and_on_all_ranks() {
     let row = SamplingRow { temperature: 1.0, ..SamplingRow::default() };
     let (vocab, mask) = (96, [0u32; 3]);
     for ranks in &worlds()[1..] {
         let shares = shares(vocab, ranks.cpus.len(), true);
         let good = vec![0.5f32; 2 * vocab];
+        let alone = ranks.draws(&good[..vocab], &shares, std::slice::from_ref(&row))[0];
+        assert!(alone.is_ok());
         let failure = |logits: &[f32], rows: &[SamplingRow<'_>]| {
             let outcomes = ranks.try_sample(logits, &shares, rows);
             outcomes.into_iter().map(Result::unwrap_err).collect::<Vec<_>>()
@@ -348,16 +358,14 @@ fn rows_that_fail_are_named_on_all_ranks() {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut logits = good.clone();
                 logits[vocab + id] = bad;
-                for error in failure(&logits, &[row.clone(), row.clone()]) {
-                    assert!(matches!(error, Error::NotFinite { row: 1 }), "{bad} at {id}: {error}");
-                }
+                let draws = ranks.draws(&logits, &shares, &[row.clone(), row.clone()]);
+                assert_eq!(draws, [alone, Err(RowError::NotFinite)], "{bad} at {id}");
             }
         }
         for temperature in [0.0, 1.0] {
             let masked = SamplingRow { temperature, allowed: Some(&mask), ..row.clone() };
-            for error in failure(&good, &[row.clone(), masked]) {
-                assert!(matches!(error, Error::NothingAllowed { row: 1 }), "{error}");
-            }
+            let draws = ranks.draws(&good, &shares, &[row.clone(), masked]);
+            assert_eq!(draws, [alone, Err(RowError::NothingAllowed)]);
         }
         let twice = SamplingRow { bias: &[(1, 1.0), (1, 2.0)], ..row.clone() };
         for error in failure(&good, &[row.clone(), twice]) {

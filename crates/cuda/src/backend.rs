@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use longhaul_backend::{
-    Backend, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables, Sampled,
+    Backend, Draw, Error, ExpertWeights, HostTensor, KvLayout, Linear, MoeWeights, Result, RopeTables,
     SamplingRow, StepInputs, Widths, sample_slices,
 };
 
@@ -379,7 +379,7 @@ impl Backend for Cuda {
         Ok(values?)
     }
 
-    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+    fn sample(&self, logits: &Tensor, shares: &[usize], rows: &[SamplingRow<'_>]) -> Result<Vec<Draw>> {
         let rank = self.group.rank();
         if shares.len() != self.group.world_size() || shares.get(rank) != Some(&logits.cols) {
             let detail = format!("{} columns on rank {rank} for shares {shares:?}", logits.cols);

@@ -5,12 +5,12 @@ mod common;
 use std::thread;
 
 use common::{Random, context, schedules, skip_on_gpu};
-use longhaul_backend::{Error, Sampled, SamplingRow, SeenToken, sample_slices, uniform};
+use longhaul_backend::{Draw, Error, RowError, Sampled, SamplingRow, SeenToken, sample_slices, uniform};
 use longhaul_collective::{Options, Threads};
 use longhaul_cuda::driver::{Element, EmulatedOptions};
 use longhaul_cuda::ops::sampling::sample;
 use longhaul_cuda::ops::sampling_slice::Slice;
-use longhaul_cuda::{Context, Variant};
+use longhaul_cuda::{Context, Tensor, Variant};
 
 fn row() -> SamplingRow<'static> {
     SamplingRow { temperature: 1.0, seed: 7, ..SamplingRow::default() }
@@ -100,11 +100,17 @@ fn logprob(logits: &[f32], id: u32) -> f64 {
     f64::from(logits[id as usize] - largest) - sum.ln()
 }
 
+/// Draws rows none of which fails.
+#[track_caller]
+fn drawn(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Vec<Sampled> {
+    sample(ctx, logits, rows).unwrap().into_iter().map(Result::unwrap).collect()
+}
+
 /// Draws all rows in one call and checks each.
 #[track_caller]
 fn check(ctx: &Context, logits: &[f32], vocab: usize, rows: &[SamplingRow<'_>]) {
     let tensor = ctx.tensor_from_f32(logits, rows.len(), vocab, Element::F32).unwrap();
-    let drawn = sample(ctx, &tensor, rows).unwrap();
+    let drawn = drawn(ctx, &tensor, rows);
     for ((sampled, row), logits) in drawn.iter().zip(rows).zip(logits.chunks_exact(vocab)) {
         let allowed = allowed(logits, row);
         assert!(allowed.contains(&sampled.id), "drew {}, expected one of {allowed:?}: {row:?}", sampled.id);
@@ -168,7 +174,7 @@ fn a_flat_vocabulary_matches_float64() {
     let tail = &logits[vocab..];
     let position = (0..).find(|&position| uniform(7, position) > 0.99996).unwrap();
     let tensor = ctx.tensor_from_f32(tail, 1, vocab, Element::F32).unwrap();
-    let drawn = sample(&ctx, &tensor, &[SamplingRow { position, ..row() }]).unwrap()[0].id as usize;
+    let drawn = drawn(&ctx, &tensor, &[SamplingRow { position, ..row() }])[0].id as usize;
     let weight = |id: usize| (f64::from(tail[id]) - 20.0).exp();
     let before = |id: usize| tail[id] > tail[drawn] || (tail[id] == tail[drawn] && id < drawn);
     let total: f64 = (0..vocab).map(weight).sum();
@@ -218,7 +224,7 @@ fn penalties_and_banned_ids_match_float64() {
     ];
     check(&ctx, &logits, vocab, &rows);
     let tensor = ctx.tensor_from_f32(&logits[..vocab], 1, vocab, Element::F32).unwrap();
-    let only = sample(&ctx, &tensor, &rows[2..3]).unwrap();
+    let only = drawn(&ctx, &tensor, &rows[2..3]);
     assert_eq!(only[0].id, 123);
 }
 
@@ -270,7 +276,7 @@ fn bias_and_masks_match_float64() {
         presence_penalty: 1.0,
         ..row()
     };
-    assert_eq!(sample(&ctx, &tensor, &[beyond]).unwrap()[0].id, 2);
+    assert_eq!(drawn(&ctx, &tensor, &[beyond])[0].id, 2);
 }
 
 /// What the CPU's sampler refuses is refused, and the row is named.
@@ -282,8 +288,8 @@ fn rows_without_a_token_are_named() {
     let none = vec![0u32; vocab.div_ceil(32)];
     for temperature in [0.0, 1.0] {
         let masked = SamplingRow { temperature, allowed: Some(&none), ..row() };
-        let error = sample(&ctx, &tensor, &[row(), masked]).unwrap_err();
-        assert!(matches!(error, Error::NothingAllowed { row: 1 }), "{error}");
+        let draws = sample(&ctx, &tensor, &[row(), masked]).unwrap();
+        assert!(matches!(draws[..], [Ok(_), Err(RowError::NothingAllowed)]), "{draws:?}");
     }
     let bad = SamplingRow { bias: &[(1, 1.0), (1, 2.0)], ..row() };
     assert!(matches!(sample(&ctx, &tensor, &[row(), bad]), Err(Error::Sampling { row: 1, .. })));
@@ -298,10 +304,10 @@ fn a_row_that_is_not_finite_is_named() {
         let mut logits = vec![0.5f32; 3 * 700];
         logits[700 + 699] = bad;
         let tensor = ctx.tensor_from_f32(&logits, 3, 700, Element::F32).unwrap();
-        let error = sample(&ctx, &tensor, &[row(), row(), row()]).unwrap_err();
-        assert!(matches!(error, Error::NotFinite { row: 1 }), "{bad}: {error}");
+        let draws = sample(&ctx, &tensor, &[row(), row(), row()]).unwrap();
         let good = ctx.tensor_from_f32(&logits[..700], 1, 700, Element::F32).unwrap();
-        sample(&ctx, &good, &[row()]).unwrap();
+        let alone = drawn(&ctx, &good, &[row()])[0];
+        assert_eq!(draws, [Ok(alone), Err(RowError::NotFinite), Ok(alone)], "{bad}");
     }
 }
 
@@ -316,10 +322,10 @@ fn a_row_draws_the_same_in_any_batch() {
     for options in schedules() {
         let ctx = context(options, Variant::Auto, Element::Bf16);
         let all = ctx.tensor_from_f32(&logits, 8, vocab, Element::F32).unwrap();
-        let batch = sample(&ctx, &all, &rows).unwrap();
+        let batch = drawn(&ctx, &all, &rows);
         for index in 0..8 {
             let one = ctx.tensor_from_f32(&logits[index * vocab..][..vocab], 1, vocab, Element::F32).unwrap();
-            assert_eq!(sample(&ctx, &one, &rows[index..=index]).unwrap(), [batch[index]]);
+            assert_eq!(drawn(&ctx, &one, &rows[index..=index]), [batch[index]]);
         }
         assert_eq!(*first.get_or_insert_with(|| batch.clone()), batch);
     }
@@ -337,7 +343,7 @@ fn draws_follow_the_distribution() {
     for round in 0..20 {
         let rows: Vec<_> =
             (0..batch).map(|i| SamplingRow { position: (round * batch + i) as u64, ..row() }).collect();
-        for drawn in sample(&ctx, &tensor, &rows).unwrap() {
+        for drawn in drawn(&ctx, &tensor, &rows) {
             counts[drawn.id as usize] += 1;
         }
     }
@@ -361,7 +367,7 @@ fn wrong_shapes_are_errors() {
 }
 
 /// The outcome of ranks, one emulated device each, that hold `shares` of the vocabulary.
-fn sliced(logits: &[f32], shares: &[usize], rows: &[SamplingRow<'_>]) -> Vec<Result<Vec<Sampled>, Error>> {
+fn sliced(logits: &[f32], shares: &[usize], rows: &[SamplingRow<'_>]) -> Vec<Vec<Draw>> {
     let vocab: usize = shares.iter().sum();
     let groups = Threads::group(shares.len(), Options::default()).unwrap();
     thread::scope(|scope| {
@@ -372,9 +378,9 @@ fn sliced(logits: &[f32], shares: &[usize], rows: &[SamplingRow<'_>]) -> Vec<Res
                 let first_id = shares[..rank].iter().sum();
                 let slice = |row: &[f32]| row[first_id..][..shares[rank]].to_vec();
                 let own: Vec<f32> = logits.chunks_exact(vocab).flat_map(slice).collect();
-                let tensor = ctx.tensor_from_f32(&own, rows.len(), shares[rank], Element::F32)?;
-                let mut slice = Slice::new(&ctx, &tensor, first_id, rows)?;
-                sample_slices(&group, &mut slice, vocab, rows)
+                let tensor = ctx.tensor_from_f32(&own, rows.len(), shares[rank], Element::F32).unwrap();
+                let mut slice = Slice::new(&ctx, &tensor, first_id, rows).unwrap();
+                sample_slices(&group, &mut slice, vocab, rows).unwrap()
             })
         };
         let ranks: Vec<_> = groups.into_iter().enumerate().map(start).collect();
@@ -423,8 +429,9 @@ fn slices_draw_the_token_of_the_whole_row() {
         rows.push(SamplingRow { top_p: 0.999, position: 3, ..row() });
         rows.push(SamplingRow { position: far, ..row() });
         let whole = ctx.tensor_from_f32(&logits, rows.len(), vocab, Element::F32).unwrap();
-        let expected = sample(&ctx, &whole, &rows).unwrap();
-        let ranks: Vec<_> = sliced(&logits, shares, &rows).into_iter().map(Result::unwrap).collect();
+        let expected = drawn(&ctx, &whole, &rows);
+        let unwrapped = |draws: Vec<Draw>| draws.into_iter().map(Result::unwrap).collect();
+        let ranks: Vec<Vec<Sampled>> = sliced(&logits, shares, &rows).into_iter().map(unwrapped).collect();
         for ((drawn, expected), row) in ranks[0].iter().zip(&expected).zip(&rows) {
             assert_eq!(drawn.id, expected.id, "{shares:?}: {row:?}");
             assert!((drawn.logprob - expected.logprob).abs() < 1e-4, "{drawn:?}, {expected:?}: {shares:?}");
@@ -440,17 +447,21 @@ fn slices_name_rows_that_fail() {
     }
     let vocab = 5003;
     for shares in SHARES {
-        let mut logits = vec![0.5f32; 2 * vocab];
+        let mut logits: Vec<f32> = (0..2 * vocab).map(|id| (id % vocab % 11) as f32 * 0.3).collect();
+        let alone = sliced(&logits[..vocab], shares, &[row()])[0][0];
+        assert!(alone.is_ok());
         let none = vec![0u32; vocab.div_ceil(32)];
         for temperature in [0.0, 1.0] {
             let masked = SamplingRow { temperature, allowed: Some(&none), ..row() };
-            for outcome in sliced(&logits, shares, &[row(), masked]) {
-                assert!(matches!(outcome, Err(Error::NothingAllowed { row: 1 })), "{outcome:?}");
+            for draws in sliced(&logits, shares, &[row(), masked]) {
+                assert_eq!(draws, [alone, Err(RowError::NothingAllowed)]);
             }
         }
-        logits[vocab + 36] = f32::NAN;
-        for outcome in sliced(&logits, shares, &[row(), row()]) {
-            assert!(matches!(outcome, Err(Error::NotFinite { row: 1 })), "{outcome:?}");
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            logits[vocab + 36] = bad;
+            for draws in sliced(&logits, shares, &[row(), row()]) {
+                assert_eq!(draws, [alone, Err(RowError::NotFinite)], "{bad}");
+            }
         }
     }
 }

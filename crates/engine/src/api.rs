@@ -25,6 +25,12 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self::greedy()
+    }
+}
+
 impl SamplingParams {
     /// Always the most likely token.
     pub fn greedy() -> Self {

@@ -6,12 +6,18 @@ use crate::{EngineError, Result};
 #[derive(Debug)]
 pub(crate) struct BlockPool {
     free: Vec<u32>,
+    blocks: usize,
 }
 
 impl BlockPool {
     pub(crate) fn new(blocks: usize) -> Self {
         // Popped from the end: low blocks first, so a short request touches the same memory every time.
-        Self { free: (0..blocks as u32).rev().collect() }
+        Self { free: (0..blocks as u32).rev().collect(), blocks }
+    }
+
+    /// All blocks.
+    pub(crate) fn len(&self) -> usize {
+        self.blocks
     }
 
     /// `count` blocks, or an error that says how many there are.

@@ -66,7 +66,7 @@ impl Ranks for CpuRanks<'_> {
     }
 
     fn load(&self, rank: CpuRank, progress: &mut dyn FnMut(u64, u64)) -> Result<CpuRunner> {
-        let Loading { options, spec, positions, plan, source } = self.0;
+        let Loading { options, spec, positions, blocks, plan, source } = self.0;
         let CpuRank { group, threads } = rank;
         let precision = options.precision.on_cpu(spec.dtype);
         let cpu = Cpu::new(threads, precision).map(|cpu| cpu.in_group(group.clone()));
@@ -82,7 +82,7 @@ impl Ranks for CpuRanks<'_> {
             message: format!("rank {rank} of {}", ranks.len()),
         })?;
         let dtype = cpu_dtype(options, precision)?;
-        let layout: KvLayout = shard.kv_layout(spec, positions.block_size(), positions.blocks(), dtype);
+        let layout: KvLayout = shard.kv_layout(spec, positions.block_size(), blocks, dtype);
         CpuRunner::new(model.overlapping(options.overlap_prefill_rows), layout)
     }
 

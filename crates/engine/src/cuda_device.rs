@@ -1,5 +1,6 @@
 //! CUDA devices, real or emulated, as the place of a model: one device, or a tensor-parallel group with a device a rank.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,6 +84,11 @@ impl CudaDevices {
         Ok(Self { name, drivers, first_rank, is_emulated: false })
     }
 
+    /// Whether they take the host's memory.
+    pub fn is_on_host(&self) -> bool {
+        self.is_emulated
+    }
+
     /// As the user would name them.
     pub fn name(&self) -> &str {
         &self.name
@@ -106,21 +112,22 @@ impl CudaDevices {
         &self,
         options: &DeviceOptions,
         spec: &ModelSpec,
-        positions: &PositionProfile,
+        (positions, blocks): (&PositionProfile, usize),
         shard: &RankShard,
     ) -> Setup {
         let element = options.precision.on_cuda();
         let dtype = if element == Element::F32 { DType::F32 } else { DType::BF16 };
         let block_size = positions.block_size();
-        let blocks = positions.blocks();
         let layout = shard.kv_layout(spec, block_size, blocks, options.kv_cache_dtype.on_cuda(dtype));
         let rows = if self.is_emulated { EMULATED_ROWS } else { CUDA_ROWS };
+        let rows = options.max_step_rows.map_or(rows.min(positions.max_model_len).max(1), NonZeroUsize::get);
+        let sequences = options.max_sequences.map_or(CUDA_SEQUENCES, NonZeroUsize::get);
         let limits = Limits {
-            rows: rows.min(positions.max_model_len).max(1),
-            sequences: CUDA_SEQUENCES,
-            // A decode batch shares the pool, but a padded one names its last table again for every padding row.
-            blocks: layout.blocks * 9,
-            logit_rows: CUDA_LOGIT_ROWS,
+            rows,
+            sequences,
+            // Sequences may share blocks, so the pool is no bound.
+            blocks: sequences.saturating_mul(positions.blocks()),
+            logit_rows: sequences.max(CUDA_LOGIT_ROWS),
         };
         Setup { element, layout, limits }
     }
@@ -148,12 +155,12 @@ impl CudaDevices {
         options: &DeviceOptions,
         spec: &ModelSpec,
         plan: &ShardPlan,
-        positions: &PositionProfile,
+        (positions, blocks): (&PositionProfile, usize),
         available: &[Available],
     ) -> MemoryBudget {
         let of_rank = |(rank, driver): (usize, &Arc<dyn Driver>)| {
             let shard = plan.ranks().get(self.first_rank + rank)?;
-            let setup = self.setup(options, spec, positions, shard);
+            let setup = self.setup(options, spec, (positions, blocks), shard);
             let cuda = CudaPlan {
                 element: setup.element,
                 limits: &setup.limits,
@@ -229,13 +236,13 @@ impl Ranks for CudaRanks<'_> {
     }
 
     fn load(&self, rank: Rank, progress: &mut dyn FnMut(u64, u64)) -> Result<CudaRunner> {
-        let Loading { options, spec, positions, plan, source } = self.loading;
+        let Loading { options, spec, positions, blocks, plan, source } = self.loading;
         let number = rank.group.rank();
         let shard = plan.ranks().get(number).ok_or_else(|| EngineError::Parameter {
             name: "--tp",
             message: format!("rank {number} of {}", plan.ranks().len()),
         })?;
-        let Setup { element, layout, limits } = self.devices.setup(options, spec, positions, shard);
+        let Setup { element, layout, limits } = self.devices.setup(options, spec, (positions, blocks), shard);
         let cuda = Cuda::new(rank.driver, variant(options.kernels), element, &shard.widths(spec), limits)
             .and_then(|cuda| cuda.in_group(rank.group))
             .map_err(|e| cuda_error(&self.devices.name, e))?;

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 
-use longhaul_backend::{Backend, Error, KvLayout, OwnedSamplingRow, Sampled, SamplingRow, StepInputs};
+use longhaul_backend::{Backend, Error, KvLayout, SamplingRow, StepInputs};
 use longhaul_cuda::driver::GraphId;
 use longhaul_cuda::kv::KvCache;
 use longhaul_cuda::{Cuda, Tensor};
 use longhaul_model::Model;
 
 use crate::Result;
-use crate::runner::{Goal, RankRunner, Runner};
+use crate::runner::{BlockChanges, Goal, Outcome, RankRunner, Runner, WholeLogits};
 
 /// Runs steps eagerly, and pure-decode steps from recorded graphs once a batch size has been seen.
 pub(crate) struct CudaRunner {
@@ -114,22 +114,27 @@ fn pad(mut inputs: StepInputs, rows: usize) -> StepInputs {
 }
 
 impl Runner for CudaRunner {
-    fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        match self.forward(inputs)? {
-            Some(logits) => Ok(self.model.sample(&logits, rows)?),
-            None => Ok(Vec::new()),
-        }
+    fn run(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>], logits: WholeLogits) -> Result<Outcome> {
+        let Some(tensor) = self.forward(inputs)? else { return Ok(Outcome::default()) };
+        let draws = if rows.is_empty() { Vec::new() } else { self.model.sample(&tensor, rows)? };
+        let logits = match logits {
+            WholeLogits::Stay => Vec::new(),
+            WholeLogits::ToHost => self.model.backend().to_host(&self.model.gather_logits(tensor)?)?,
+        };
+        Ok(Outcome { draws, logits })
     }
 
-    fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        match self.forward(inputs)? {
-            Some(logits) => Ok(self.model.backend().to_host(&self.model.gather_logits(logits)?)?),
-            None => Ok(Vec::new()),
-        }
+    fn change_blocks(&mut self, changes: &BlockChanges) -> Result<()> {
+        let layout = *self.kv.layout();
+        changes.apply(self.model.backend(), &mut self.kv, &layout)
     }
 
     fn max_rows(&self) -> usize {
         self.model.backend().limits().rows
+    }
+
+    fn max_sequences(&self) -> usize {
+        self.model.backend().limits().sequences
     }
 
     fn is_on_host(&self) -> bool {
@@ -161,20 +166,16 @@ impl RankRunner for CudaRunner {
     }
 
     fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()> {
-        match goal {
-            Goal::Tokens(rows) => {
-                let rows: Vec<SamplingRow<'_>> = rows.iter().map(OwnedSamplingRow::as_row).collect();
-                self.sample(inputs, &rows).map(drop)
-            }
-            Goal::Logits => {
-                if let Some(logits) = self.forward(inputs)? {
-                    self.model.gather_logits(logits)?;
-                    let cuda = self.model.backend();
-                    cuda.group().check(cuda.context()).map_err(Error::from)?;
-                }
-                Ok(())
-            }
+        let Some(logits) = self.forward(inputs)? else { return Ok(()) };
+        if !goal.rows.is_empty() {
+            self.model.sample(&logits, &goal.rows())?;
         }
+        if goal.logits == WholeLogits::ToHost {
+            self.model.gather_logits(logits)?;
+            let cuda = self.model.backend();
+            cuda.group().check(cuda.context()).map_err(Error::from)?;
+        }
+        Ok(())
     }
 }
 

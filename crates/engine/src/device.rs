@@ -16,7 +16,7 @@ use longhaul_model::{ModelSpec, PositionProfile, RankShard, ShardOptions, ShardP
 use crate::cpu_device::{CpuRanks, cpu_dtype};
 use crate::cuda_device::{CudaDevices, CudaRanks, cuda_error};
 use crate::local_ranks::{Loading, LocalRanks, Ranks};
-use crate::memory_budget::{self, Available, MemoryBudget};
+use crate::memory_budget::{Available, MemoryBudget, fit_with_pool};
 use crate::nodes::{RemoteNodes, Worker};
 use crate::runner::Runner;
 use crate::{EngineError, Result, gpu};
@@ -117,6 +117,21 @@ pub enum Kernels {
     Mma,
 }
 
+/// How many KV blocks there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvPool {
+    /// Enough for one sequence of the whole context.
+    #[default]
+    OneContext,
+    /// So many.
+    Blocks(usize),
+    /// As many as fit into so many bytes of each rank.
+    Bytes(u64),
+    /// As many as fit beside the rest: on a GPU up to the fraction that may be filled, on the host 4 GiB at most; never less
+    /// than one sequence of the whole context.
+    Memory,
+}
+
 /// How a device is set up.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceOptions {
@@ -126,6 +141,12 @@ pub struct DeviceOptions {
     pub precision: Precision,
     /// Element type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
+    /// How many KV blocks there are.
+    pub kv_pool: KvPool,
+    /// Most sequences of a step; `None` = what suits the device.
+    pub max_sequences: Option<NonZeroUsize>,
+    /// Most rows of a step; `None` = what suits the device.
+    pub max_step_rows: Option<NonZeroUsize>,
     /// CPU threads of all ranks together, at least one each; 0 = all cores.
     pub threads: usize,
     /// Ranks that the model is dealt over.
@@ -168,6 +189,9 @@ impl Default for DeviceOptions {
             kernels: Kernels::default(),
             enforce_eager: false,
             kv_cache_dtype: KvCacheDtype::default(),
+            kv_pool: KvPool::default(),
+            max_sequences: None,
+            max_step_rows: None,
             emulator: EmulatedOptions::default(),
             gpu_memory_utilization: DEFAULT_GPU_MEMORY_UTILIZATION,
             step_timeout: None,
@@ -243,6 +267,15 @@ pub(crate) fn shard_plan(options: &DeviceOptions, spec: &ModelSpec) -> Result<Sh
     Ok(ShardPlan::new(spec, options.tensor_parallel, &group)?)
 }
 
+/// What of a model fits a device.
+pub(crate) struct Fitted {
+    pub positions: PositionProfile,
+    /// KV blocks of the pool.
+    pub blocks: usize,
+    /// What the user should know about the context.
+    pub note: Option<String>,
+}
+
 impl Opened {
     /// Refuses halves that overlap where there is nothing to overlap.
     ///
@@ -258,7 +291,7 @@ impl Opened {
         Err(EngineError::Parameter { name: "--overlap-prefill-rows", message: message.into() })
     }
 
-    /// The positions of a model whose context fits the device, and what the user should know about them. `asked`: the
+    /// The positions of a model whose context fits the device, and the KV pool. `asked`: the
     /// context of `wanted` is the user's choice, otherwise less will do; `profile` makes the positions of another one.
     ///
     /// # Errors
@@ -271,23 +304,25 @@ impl Opened {
         wanted: PositionProfile,
         asked: bool,
         profile: &dyn Fn(usize) -> Result<PositionProfile>,
-    ) -> Result<(PositionProfile, Option<String>)> {
+    ) -> Result<Fitted> {
         match &self.place {
             Place::Cpu => {
                 let dtype = cpu_dtype(options, options.precision.on_cpu(spec.dtype))?;
                 let available = Available::on_host();
-                let budget = |positions: &PositionProfile| {
-                    let layout = layout(spec, positions, dtype);
+                let budget = |positions: &PositionProfile, blocks| {
+                    let layout = layout(spec, positions, blocks, dtype);
                     MemoryBudget::on_cpu(spec, positions, &layout, weight_bytes, available.clone())
                 };
-                memory_budget::fit("cpu", wanted, asked, profile, &budget)
+                fit_with_pool(("cpu", true), options.kv_pool, (wanted, asked), profile, &budget)
             }
             Place::Cuda(devices) => {
                 let plan = shard_plan(options, spec)?;
                 let available = devices.available(options)?;
-                let budget =
-                    |positions: &PositionProfile| devices.budget(options, spec, &plan, positions, &available);
-                memory_budget::fit(devices.name(), wanted, asked, profile, &budget)
+                let budget = |positions: &PositionProfile, blocks| {
+                    devices.budget(options, spec, &plan, (positions, blocks), &available)
+                };
+                let device = (devices.name(), devices.is_on_host());
+                fit_with_pool(device, options.kv_pool, (wanted, asked), profile, &budget)
             }
         }
     }
@@ -395,9 +430,7 @@ pub(crate) fn variant(kernels: Kernels) -> Variant {
     }
 }
 
-/// The pool that holds one sequence of the whole context, of all ranks together.
-pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, dtype: DType) -> KvLayout {
-    let block_size = positions.block_size();
-    let blocks = positions.blocks();
-    RankShard::whole(spec).kv_layout(spec, block_size, blocks, dtype)
+/// The pool of all ranks together.
+pub(crate) fn layout(spec: &ModelSpec, positions: &PositionProfile, blocks: usize, dtype: DType) -> KvLayout {
+    RankShard::whole(spec).kv_layout(spec, positions.block_size(), blocks, dtype)
 }

@@ -34,16 +34,17 @@ pub(crate) struct Sequence {
     pub(crate) length: usize,
 }
 
-/// Tokens of a request that its penalties look at; none where it has no penalties.
-pub(crate) struct Seen {
-    pub(crate) tokens: Vec<SeenToken>,
+/// Tokens of a sequence that its penalties look at; none where it has no penalties.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    tokens: Vec<SeenToken>,
     index: HashMap<u32, usize>,
     penalised: bool,
 }
 
 impl Seen {
     /// Those of the prompt.
-    pub(crate) fn new(sampling: &SamplingParams, prompt: &[u32]) -> Self {
+    pub fn new(sampling: &SamplingParams, prompt: &[u32]) -> Self {
         let penalised = sampling.repetition_penalty != 1.0
             || sampling.presence_penalty != 0.0
             || sampling.frequency_penalty != 0.0;
@@ -52,7 +53,18 @@ impl Seen {
         seen
     }
 
-    pub(crate) fn add(&mut self, id: u32, generated: bool) {
+    /// Distinct tokens and how often each was generated.
+    pub fn tokens(&self) -> &[SeenToken] {
+        &self.tokens
+    }
+
+    /// Whether there is a penalty: the next draw depends on the tokens before it.
+    pub fn is_used(&self) -> bool {
+        self.penalised
+    }
+
+    /// Takes a token of the prompt, or a generated one.
+    pub fn add(&mut self, id: u32, generated: bool) {
         if !self.penalised {
             return;
         }
@@ -102,6 +114,11 @@ impl Engine {
         self.template.as_ref()
     }
 
+    /// KV blocks of the pool.
+    pub fn kv_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
     /// Tokens of a KV block.
     pub fn block_size(&self) -> usize {
         self.block_size
@@ -120,7 +137,7 @@ impl Engine {
     }
 
     /// Ids that the tokenizer cannot produce: rows that pad the embedding.
-    pub(crate) fn padding_ids(&self) -> Vec<u32> {
+    pub fn padding_ids(&self) -> Vec<u32> {
         match &self.tokenizer {
             Some(tokenizer) => (tokenizer.vocab_size() as u32..self.spec.vocab_size as u32).collect(),
             None => Vec::new(),

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod batch;
 mod blocks;
 mod cpu_device;
 mod cuda_device;
@@ -23,18 +24,20 @@ mod nodes;
 mod ranks;
 mod runner;
 mod step_deadline;
-mod tokens;
+
 mod watchdog;
 
 pub use api::{Completion, FinishReason, Generate, Observer, Request, SamplingParams, Timings};
+pub use batch::{BatchDraw, BatchError, BatchLimits, BatchResults, BatchStep, ScoreRequest, Scores};
 pub use device::{
-    DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, Kernels, KvCacheDtype, Precision, kernel_context,
+    DEFAULT_GPU_MEMORY_UTILIZATION, Device, DeviceOptions, Kernels, KvCacheDtype, KvPool, Precision,
+    kernel_context,
 };
-pub use engine::Engine;
+pub use engine::{Engine, Seen};
 pub use error::{EngineError, Result};
 pub use loader::{LoadFormat, Loader, ModelFiles, ModelRef};
 pub use longhaul_cuda::driver::EmulatedOptions;
 pub use longhaul_cuda::group::AllReduce;
 pub use longhaul_model::LongContext;
 pub use nodes::NodeOptions;
-pub use tokens::{TokenEnd, TokenObserver, TokenRequest, TokenScore};
+pub use step_deadline::StepDeadline;

@@ -10,7 +10,7 @@ use longhaul_text::{ChatTemplate, GenerationConfig, Tokenizer};
 use longhaul_weights::{Checkpoint, Dummy, TensorSource, Wanted, locate};
 
 use crate::blocks::BlockPool;
-use crate::device::{DeviceOptions, Opened, open, shard_plan};
+use crate::device::{DeviceOptions, Fitted, Opened, open, shard_plan};
 use crate::engine::Engine;
 use crate::local_ranks::{Loading, LocalRanks};
 use crate::nodes::{self, NodeGroup, NodeOptions, Plan, Role, identity, ranks_of_node, sha256};
@@ -145,10 +145,10 @@ impl Loader {
     /// # Errors
     /// Files, config, context, memory: each named with its remedy. Nodes that do not come, or do not fit.
     pub fn load(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine> {
-        let Prepared { files, positions, source, device, plan, notes } = self.prepare()?;
+        let Prepared { files, positions, blocks, source, device, plan, notes } = self.prepare()?;
         let source = source.as_ref();
-        let loading = self.loading(&files, &positions, source, &plan);
-        let placed = match self.meet(&files, &positions, source, &plan, &device)? {
+        let loading = self.loading(&files, (&positions, blocks), source, &plan);
+        let placed = match self.meet(&files, (&positions, blocks), source, &plan, &device)? {
             None => device.load(loading, progress)?,
             Some(group) => {
                 let local = LocalRanks { ranks: group.ranks, pulse: group.pulse };
@@ -181,10 +181,10 @@ impl Loader {
     /// # Errors
     /// As [`Self::load`]; why the group ended, if not well.
     pub fn follow(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
-        let Prepared { files, positions, source, device, plan, .. } = self.prepare()?;
+        let Prepared { files, positions, blocks, source, device, plan, .. } = self.prepare()?;
         let source = source.as_ref();
-        let loading = self.loading(&files, &positions, source, &plan);
-        match self.meet(&files, &positions, source, &plan, &device)? {
+        let loading = self.loading(&files, (&positions, blocks), source, &plan);
+        match self.meet(&files, (&positions, blocks), source, &plan, &device)? {
             Some(NodeGroup { ranks, pulse, role: Role::Worker(worker) }) => {
                 let local = LocalRanks { ranks, pulse };
                 device.work(loading, local, &worker, progress)
@@ -222,18 +222,18 @@ impl Loader {
         let profile = |tokens| Ok(PositionProfile::new(&files.spec, self.long_context, Some(tokens))?);
         let asked = self.max_model_len.is_some();
         let weight_bytes = source.total_bytes();
-        let (positions, note) =
+        let Fitted { positions, blocks, note } =
             device.fit(&self.device, &files.spec, weight_bytes, positions, asked, &profile)?;
         notes.extend(note);
         let plan = shard_plan(&self.device, &files.spec)?;
-        Ok(Prepared { files, positions, source, device, plan, notes })
+        Ok(Prepared { files, positions, blocks, source, device, plan, notes })
     }
 
     /// Meets the other nodes, if there are to be any.
     fn meet(
         &self,
         files: &ModelFiles,
-        positions: &PositionProfile,
+        (positions, blocks): (&PositionProfile, usize),
         source: &dyn TensorSource,
         shards: &ShardPlan,
         device: &Opened,
@@ -243,7 +243,7 @@ impl Loader {
         };
         let (nodes, ranks) = (options.placement.size, shards.ranks().len());
         let precision = device.between_nodes(&self.device, &files.spec)?;
-        let plan = Plan { shards, positions, precision };
+        let plan = Plan { shards, positions, blocks, precision };
         let identity = identity(&files.spec, source, &files.tokenizer_hash, &plan, nodes);
         nodes::meet(options, &identity, ranks, self.device.step_timeout).map(Some)
     }
@@ -251,11 +251,11 @@ impl Loader {
     fn loading<'a>(
         &'a self,
         files: &'a ModelFiles,
-        positions: &'a PositionProfile,
+        (positions, blocks): (&'a PositionProfile, usize),
         source: &'a (dyn TensorSource + Sync),
         plan: &'a ShardPlan,
     ) -> Loading<'a> {
-        Loading { options: &self.device, spec: &files.spec, positions, plan, source }
+        Loading { options: &self.device, spec: &files.spec, positions, blocks, plan, source }
     }
 
     /// The ranks of this node.
@@ -283,6 +283,7 @@ impl Loader {
 struct Prepared {
     files: ModelFiles,
     positions: PositionProfile,
+    blocks: usize,
     source: Box<dyn TensorSource + Sync>,
     device: Opened,
     plan: ShardPlan,

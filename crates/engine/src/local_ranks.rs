@@ -13,7 +13,7 @@ use longhaul_weights::TensorSource;
 use crate::device::{DeviceOptions, Placed};
 use crate::nodes::{RemoteNodes, Worker};
 use crate::ranks::{Follower, RankedRunner, Watch, first_cause};
-use crate::runner::{RankRunner, Runner};
+use crate::runner::{Order, RankRunner, Runner};
 use crate::watchdog::Watchdog;
 use crate::{EngineError, Result};
 
@@ -23,18 +23,15 @@ pub(crate) struct Loading<'a> {
     pub options: &'a DeviceOptions,
     pub spec: &'a ModelSpec,
     pub positions: &'a PositionProfile,
+    /// KV blocks of the pool.
+    pub blocks: usize,
     pub plan: &'a ShardPlan,
     pub source: &'a (dyn TensorSource + Sync),
 }
 
 impl Loading<'_> {
     pub(crate) fn placed(&self, runner: Box<dyn Runner>, description: String) -> Placed {
-        Placed {
-            runner,
-            blocks: self.positions.blocks(),
-            block_size: self.positions.block_size(),
-            description,
-        }
+        Placed { runner, blocks: self.blocks, block_size: self.positions.block_size(), description }
     }
 }
 
@@ -190,10 +187,13 @@ pub(crate) trait Ranks: Sync {
     /// The rank on its thread.
     fn follower(&self, group: Arc<dyn Collective>, mut runner: Self::Runner) -> Result<Follower> {
         let rank = group.rank();
-        let follower = Follower::spawn(group, move |inputs, goal| {
-            // The step may come from another node.
-            runner.check(&inputs)?;
-            runner.follow(inputs, goal)
+        let follower = Follower::spawn(group, move |order| match order {
+            Order::Step(inputs, goal) => {
+                // The step may come from another node.
+                runner.check(&inputs)?;
+                runner.follow(inputs, &goal)
+            }
+            Order::Blocks(changes) => runner.change_blocks(&changes),
         });
         follower.map_err(|e| EngineError::Device {
             device: self.name().into(),

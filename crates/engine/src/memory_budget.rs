@@ -10,8 +10,11 @@ use longhaul_cuda::{Cuda, Limits, matrix_bytes};
 use longhaul_model::{ModelSpec, PositionProfile, RankShard, ShardPlan};
 use longhaul_weights::Slice;
 
+use crate::device::{Fitted, KvPool};
 use crate::{EngineError, Result};
 
+/// The pool's line.
+const POOL: &str = "KV pool";
 /// Graphs of recorded steps and the code that libraries load at first use.
 const GRAPH_BYTES: u64 = 256 << 20;
 /// Rows of a step on the CPU, unless the request chooses others.
@@ -122,7 +125,7 @@ impl MemoryBudget {
         let mut lines = vec![
             ("weights", weights, String::new()),
             ("rotation tables", tables, String::new()),
-            ("KV pool", pages(layout.bytes()), tokens_of(layout)),
+            (POOL, pages(layout.bytes()), tokens_of(layout)),
             ("step arena", pages(step.arena as u64), format!("{} rows", limits.rows)),
             ("step inputs", step.inputs as u64, String::new()),
             ("logits", pages(step.logits as u64), format!("{} rows", limits.logit_rows)),
@@ -174,10 +177,15 @@ impl MemoryBudget {
         let lines = vec![
             ("weights", weight_bytes, String::new()),
             ("rotation tables", (positions.table_rows() * spec.head_dim * 4) as u64, String::new()),
-            ("KV pool", layout.bytes(), tokens_of(layout)),
+            (POOL, layout.bytes(), tokens_of(layout)),
             ("step", step, format!("{CPU_ROWS} rows")),
         ];
         Self { lines, available: available.bytes, remark: available.remark }
+    }
+
+    /// Bytes of the KV pool.
+    pub fn pool(&self) -> u64 {
+        self.lines.iter().filter(|(purpose, ..)| *purpose == POOL).map(|(_, bytes, _)| bytes).sum()
     }
 
     /// Bytes of all lines.
@@ -230,6 +238,68 @@ impl fmt::Display for MemoryBudget {
         line("total", self.total(), "")?;
         line("available", self.available, &self.remark)
     }
+}
+
+/// Most of the host's memory that [`KvPool::Memory`] takes: other processes live there, too.
+const MOST_ON_HOST: u64 = 4 << 30;
+
+/// [`fit`], and the pool. `device` has a name, and takes the host's memory or its own.
+///
+/// # Errors
+/// [`EngineError::Memory`]; [`EngineError::Parameter`] for a pool that does not hold one sequence of a context that is asked
+/// for.
+pub(crate) fn fit_with_pool(
+    (device, on_host): (&str, bool),
+    pool: KvPool,
+    (wanted, asked): (PositionProfile, bool),
+    profile: &dyn Fn(usize) -> Result<PositionProfile>,
+    budget: &dyn Fn(&PositionProfile, usize) -> MemoryBudget,
+) -> Result<Fitted> {
+    let bytes = |positions: &PositionProfile, blocks| budget(positions, blocks).pool();
+    // A pool of a given size bounds the context.
+    let most = match pool {
+        KvPool::OneContext | KvPool::Memory => usize::MAX,
+        KvPool::Blocks(blocks) => blocks,
+        KvPool::Bytes(most) => {
+            most_tokens(MOST_BLOCKS, &|blocks| bytes(&wanted, blocks) <= most).unwrap_or(0)
+        }
+    };
+    let wanted = match most.saturating_mul(wanted.block_size()) {
+        0 => return Err(too_small("holds not one block".into())),
+        tokens if tokens >= wanted.max_model_len => wanted,
+        tokens if asked => {
+            let needed = wanted.max_model_len;
+            return Err(too_small(format!("holds {tokens} tokens, but --max-model-len asks for {needed}")));
+        }
+        tokens => profile(tokens)?,
+    };
+    let (positions, note) =
+        fit(device, wanted, asked, profile, &|positions| budget(positions, positions.blocks()))?;
+    let blocks = match pool {
+        KvPool::OneContext => positions.blocks(),
+        KvPool::Blocks(_) | KvPool::Bytes(_) => most,
+        KvPool::Memory => {
+            let fits = |blocks: usize| {
+                let budget = budget(&positions, blocks);
+                budget.fits() && (!on_host || budget.pool() <= MOST_ON_HOST)
+            };
+            most_tokens(MOST_BLOCKS, &fits).unwrap_or(0).max(positions.blocks())
+        }
+    };
+    let budget = budget(&positions, blocks);
+    if !budget.fits() {
+        let message = format!("a KV pool of {blocks} blocks does not fit:\n{budget}");
+        return Err(EngineError::Memory { device: device.into(), message });
+    }
+    Ok(Fitted { positions, blocks, note })
+}
+
+/// Block numbers have 32 bits, and tokens of a pool are counted in as many.
+const MOST_BLOCKS: usize = 1 << 26;
+
+fn too_small(message: String) -> EngineError {
+    let message = format!("the pool {message}; give it more, or lower --max-model-len");
+    EngineError::Parameter { name: "--kv-cache-memory-bytes or --num-gpu-blocks-override", message }
 }
 
 /// Positions for the context that is asked for, or, where nothing is asked for, for the largest that fits. The text says so
@@ -306,7 +376,7 @@ mod tests {
         let spec = family("qwen2-0.5b").unwrap().spec;
         let of = spec.clone();
         let budget = move |positions: &PositionProfile| {
-            let layout = crate::device::layout(&of, positions, DType::F32);
+            let layout = crate::device::layout(&of, positions, positions.blocks(), DType::F32);
             let available = Available { bytes: available, remark: "test".into() };
             MemoryBudget::on_cpu(&of, positions, &layout, 1 << 30, available)
         };
@@ -360,7 +430,7 @@ mod tests {
     #[test]
     fn ranks_are_summed_or_the_tightest_counts() {
         let of = |weights, available| MemoryBudget {
-            lines: vec![("weights", weights, String::new()), ("KV pool", 1, String::new())],
+            lines: vec![("weights", weights, String::new()), (POOL, 1, String::new())],
             available,
             remark: String::new(),
         };

@@ -12,10 +12,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use longhaul_backend::{Collective, CollectiveError, Error as BackendError};
-use longhaul_backend::{Sampled, SamplingRow, StepInputs};
+use longhaul_backend::{SamplingRow, StepInputs};
 use longhaul_model::ModelError;
 
-use crate::runner::{Goal, RankRunner, Runner};
+use crate::runner::{BlockChanges, Goal, Order, Outcome, RankRunner, Runner, WholeLogits};
 use crate::watchdog::{Running, Watchdog};
 use crate::{EngineError, Result};
 
@@ -47,8 +47,8 @@ pub(crate) trait Member: Send {
     /// The (first) rank.
     fn rank(&self) -> usize;
 
-    /// Starts its part of a step.
-    fn start(&mut self, inputs: &StepInputs, goal: &Goal);
+    /// Starts its part of what all do.
+    fn start(&mut self, order: &Order);
 
     /// Waits for the end of that part; when the group has ended, as long as `grace` lasts.
     fn finish(&mut self, grace: &mut Grace) -> Result<()>;
@@ -62,10 +62,13 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// The step runs until the result is dropped.
-    pub(crate) fn step(&self, inputs: &StepInputs) -> Running<'_> {
+    /// What all do runs until the result is dropped.
+    pub(crate) fn watch(&self, order: &Order) -> Running<'_> {
         let rows = |s: &longhaul_backend::SequenceInputs| (self.operations)(s.kv_len) * s.rows as u64;
-        self.watchdog.step(inputs.sequences.iter().map(rows).sum())
+        self.watchdog.step(match order {
+            Order::Step(inputs, _) => inputs.sequences.iter().map(rows).sum(),
+            Order::Blocks(_) => 0,
+        })
     }
 }
 
@@ -91,25 +94,25 @@ impl Drop for PanicEnds {
 pub(crate) struct Follower {
     group: Arc<dyn Collective>,
     /// `None` once the group is being taken down.
-    steps: Option<Sender<(StepInputs, Goal)>>,
+    orders: Option<Sender<Order>>,
     results: Receiver<Result<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Follower {
-    /// Starts the thread of `group`'s rank; `step` is its part of a step.
+    /// Starts the thread of `group`'s rank; `obey` is its part of what all do.
     pub(crate) fn spawn(
         group: Arc<dyn Collective>,
-        mut step: impl FnMut(StepInputs, &Goal) -> Result<()> + Send + 'static,
+        mut obey: impl FnMut(Order) -> Result<()> + Send + 'static,
     ) -> io::Result<Self> {
-        let (steps, orders) = channel::<(StepInputs, Goal)>();
+        let (sender, orders) = channel();
         let (outcomes, results) = channel();
         let ends = PanicEnds(group.clone());
         let follow = move || {
             let group = &ends.0;
-            for (inputs, goal) in orders {
+            for order in orders {
                 // What failed for the request alone failed on the leader, too, which reports it.
-                let result = match step(inputs, &goal) {
+                let result = match obey(order) {
                     Err(error) if is_of_the_request(&error) => Ok(()),
                     result => result,
                 };
@@ -123,7 +126,7 @@ impl Follower {
         };
         let name = format!("longhaul-rank-{}", group.rank());
         let thread = thread::Builder::new().name(name).spawn(follow)?;
-        Ok(Self { group, steps: Some(steps), results, thread: Some(thread) })
+        Ok(Self { group, orders: Some(sender), results, thread: Some(thread) })
     }
 }
 
@@ -132,10 +135,10 @@ impl Member for Follower {
         self.group.rank()
     }
 
-    fn start(&mut self, inputs: &StepInputs, goal: &Goal) {
-        if let Some(steps) = &self.steps {
+    fn start(&mut self, order: &Order) {
+        if let Some(orders) = &self.orders {
             // A thread that is gone shows when its result is missing.
-            let _ = steps.send((inputs.clone(), goal.clone()));
+            let _ = orders.send(order.clone());
         }
     }
 
@@ -159,7 +162,7 @@ impl Member for Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        self.steps = None;
+        self.orders = None;
         let Some(thread) = self.thread.take() else { return };
         let mut grace = Grace::default();
         // A thread that hangs ends with the process.
@@ -206,22 +209,23 @@ impl RankedRunner {
         self
     }
 
-    /// Runs a step on all ranks; `lead` is the leader's part, which has the same goal.
+    /// Has all ranks do the same; `lead` is the leader's part.
     fn together<R>(
         &mut self,
-        inputs: StepInputs,
-        goal: Goal,
-        lead: impl FnOnce(&mut dyn RankRunner, StepInputs) -> Result<R>,
+        order: Order,
+        lead: impl FnOnce(&mut dyn RankRunner, Order) -> Result<R>,
     ) -> Result<R> {
         // What contradicts itself is refused before anybody starts: the group outlives it.
-        self.leader.check(&inputs)?;
+        if let Order::Step(inputs, _) = &order {
+            self.leader.check(inputs)?;
+        }
         self.group.check().map_err(BackendError::from)?;
-        let _running = self.watch.as_ref().map(|watch| watch.step(&inputs));
+        let _running = self.watch.as_ref().map(|watch| watch.watch(&order));
         for member in &mut self.members {
-            member.start(&inputs, &goal);
+            member.start(&order);
         }
         // A rank that panics ends the group, also when it is the caller's.
-        let led = catch_unwind(AssertUnwindSafe(|| lead(self.leader.as_mut(), inputs)));
+        let led = catch_unwind(AssertUnwindSafe(|| lead(self.leader.as_mut(), order)));
         let result = led.unwrap_or_else(|_| Err(rank_failed(&*self.group, PANICKED)));
         if let Err(error) = &result
             && !is_of_the_request(error)
@@ -253,11 +257,10 @@ impl RankedRunner {
 
 /// Whether only the request failed, after all ranks had done their part.
 fn is_of_the_request(error: &EngineError) -> bool {
-    use BackendError::{NotFinite, NothingAllowed, Sampling};
     let (EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error))) = error else {
         return false;
     };
-    matches!(error, NotFinite { .. } | NothingAllowed { .. } | Sampling { .. })
+    matches!(error, BackendError::Sampling { .. })
 }
 
 /// Whether this says no more than that the group has ended.
@@ -275,16 +278,24 @@ pub(crate) fn is_consequence(error: &EngineError) -> bool {
 }
 
 impl Runner for RankedRunner {
-    fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
-        self.together(inputs, Goal::tokens(rows), |leader, inputs| leader.sample(inputs, rows))
+    fn run(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>], logits: WholeLogits) -> Result<Outcome> {
+        let order = Order::Step(inputs, Goal::new(rows, logits));
+        self.together(order, |leader, order| match order {
+            Order::Step(inputs, _) => leader.run(inputs, rows, logits),
+            Order::Blocks(_) => Ok(Outcome::default()),
+        })
     }
 
-    fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        self.together(inputs, Goal::Logits, |leader, inputs| leader.logits(inputs))
+    fn change_blocks(&mut self, changes: &BlockChanges) -> Result<()> {
+        self.together(Order::Blocks(changes.clone()), |leader, _| leader.change_blocks(changes))
     }
 
     fn max_rows(&self) -> usize {
         self.leader.max_rows()
+    }
+
+    fn max_sequences(&self) -> usize {
+        self.leader.max_sequences()
     }
 
     fn default_chunk(&self) -> usize {
@@ -320,7 +331,7 @@ pub(crate) fn first_cause<T>(results: impl IntoIterator<Item = Result<T>>) -> Re
 
 #[cfg(test)]
 mod tests {
-    use longhaul_backend::{DType, KvLayout, SequenceInputs};
+    use longhaul_backend::{DType, KvLayout, RowError, SequenceInputs};
     use longhaul_collective::{Options, Threads};
     use longhaul_cpu::{Cpu, Precision};
     use longhaul_model::{Model, ModelSpec, PositionProfile, ShardOptions, ShardPlan};
@@ -354,11 +365,12 @@ mod tests {
             let mut runner = load(&group);
             let faulty = fault.filter(|_| group.rank() == 1);
             let mut steps = 0;
-            Follower::spawn(group, move |inputs, goal| {
+            Follower::spawn(group, move |order| {
                 steps += 1;
-                match faulty {
-                    Some(fault) if steps > 1 => fault(),
-                    _ => runner.follow(inputs, goal),
+                match (faulty, order) {
+                    (Some(fault), _) if steps > 1 => fault(),
+                    (_, Order::Step(inputs, goal)) => runner.follow(inputs, &goal),
+                    (_, Order::Blocks(changes)) => runner.change_blocks(&changes),
                 }
             })
             .unwrap()
@@ -421,8 +433,8 @@ mod tests {
         let nothing = vec![0; logits.len().div_ceil(32)];
         let masked = SamplingRow { allowed: Some(&nothing), ..SamplingRow::default() };
         for _ in 0..2 {
-            let error = group.sample(token(0), std::slice::from_ref(&masked)).unwrap_err();
-            assert!(is_of_the_request(&error), "{error}");
+            let outcome = group.run(token(0), std::slice::from_ref(&masked), WholeLogits::Stay).unwrap();
+            assert_eq!(outcome.draws, [Err(RowError::NothingAllowed)]);
             assert_eq!(group.sample(token(0), std::slice::from_ref(&greedy)).unwrap()[0].id, best);
         }
         let banned = [best];

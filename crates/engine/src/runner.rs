@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use longhaul_backend::{Backend, KvLayout, OwnedSamplingRow, Sampled, SamplingRow, StepInputs};
+use longhaul_backend::{Backend, Draw, KvLayout, OwnedSamplingRow, Sampled, SamplingRow, StepInputs};
 use longhaul_cpu::{Cpu, KvCache};
 use longhaul_model::Model;
 
@@ -10,14 +10,31 @@ use crate::Result;
 
 /// Runs steps. Logits stay on the device unless they are asked for.
 pub(crate) trait Runner: Send {
-    /// Runs a step and draws a token for each of its logit rows.
-    fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>>;
+    /// Runs a step and draws a token for each of `rows`: one a logit row, or none at all.
+    fn run(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>], logits: WholeLogits) -> Result<Outcome>;
+
+    /// Changes whole blocks before the next step.
+    fn change_blocks(&mut self, changes: &BlockChanges) -> Result<()>;
+
+    /// Runs a step whose rows all have to draw a token.
+    fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+        let draws = self.run(inputs, rows, WholeLogits::Stay)?.draws;
+        let all: std::result::Result<_, longhaul_backend::RowError> = draws.into_iter().collect();
+        Ok(all.map_err(longhaul_backend::Error::from)?)
+    }
 
     /// Runs a step and returns the logits `[logit_rows, vocab]` of the rows that want them.
-    fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>>;
+    fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
+        Ok(self.run(inputs, &[], WholeLogits::ToHost)?.logits)
+    }
 
     /// Most rows of a step.
     fn max_rows(&self) -> usize {
+        usize::MAX
+    }
+
+    /// Most sequences of a step.
+    fn max_sequences(&self) -> usize {
         usize::MAX
     }
 
@@ -38,6 +55,61 @@ pub(crate) trait Runner: Send {
     }
 }
 
+/// What to do with the logits beside drawing from them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WholeLogits {
+    /// Nothing: they stay on their ranks.
+    Stay,
+    /// Bring them to the host whole.
+    ToHost,
+}
+
+/// What a step yields.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    /// One for each row that was to draw.
+    pub draws: Vec<Draw>,
+    /// `[logit_rows, vocab]` with [`WholeLogits::ToHost`], else empty.
+    pub logits: Vec<f32>,
+}
+
+/// Whole blocks to change, in this order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct BlockChanges {
+    /// Blocks to fill with zeros.
+    pub zero: Vec<u32>,
+    /// Blocks to copy, from and to.
+    pub copies: Vec<(u32, u32)>,
+}
+
+impl BlockChanges {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.zero.is_empty() && self.copies.is_empty()
+    }
+
+    /// Makes the changes. All are checked before the first is made.
+    pub(crate) fn apply<B: Backend>(
+        &self,
+        backend: &B,
+        kv: &mut B::KvCache,
+        layout: &KvLayout,
+    ) -> Result<()> {
+        /// Zeros are written in parts of about this size.
+        const PART_BYTES: u64 = 16 << 20;
+        layout.check_copies(&self.copies)?;
+        layout.check_blocks(&self.zero)?;
+        let block = layout.bytes() / (layout.blocks as u64).max(1);
+        let blocks = (PART_BYTES / block.max(1)).max(1) as usize;
+        for blocks in self.zero.chunks(blocks) {
+            backend.write_blocks(kv, blocks, &vec![0; blocks.len() * block as usize])?;
+        }
+        if !self.copies.is_empty() {
+            backend.copy_blocks(kv, &self.copies)?;
+        }
+        Ok(())
+    }
+}
+
 /// A [`Runner`] that is a rank of a group: what [`crate::ranks`] asks of it, whatever the device.
 pub(crate) trait RankRunner: Runner {
     /// The device in words.
@@ -50,19 +122,32 @@ pub(crate) trait RankRunner: Runner {
     fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()>;
 }
 
+/// What all ranks of a group do together.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Order {
+    /// A step.
+    Step(StepInputs, Goal),
+    /// Changes to the KV pool.
+    Blocks(BlockChanges),
+}
+
 /// What a step is run for, as followers hear it. What comes after the forward pass needs all ranks, too.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Goal {
-    /// A token for each logit row.
-    Tokens(Arc<[OwnedSamplingRow]>),
-    /// The whole logits.
-    Logits,
+pub(crate) struct Goal {
+    /// A token for each of these.
+    pub rows: Arc<[OwnedSamplingRow]>,
+    /// What then happens to the logits.
+    pub logits: WholeLogits,
 }
 
 impl Goal {
-    /// A token for each of `rows`.
-    pub(crate) fn tokens(rows: &[SamplingRow<'_>]) -> Self {
-        Goal::Tokens(rows.iter().map(OwnedSamplingRow::from).collect())
+    pub(crate) fn new(rows: &[SamplingRow<'_>], logits: WholeLogits) -> Self {
+        Self { rows: rows.iter().map(OwnedSamplingRow::from).collect(), logits }
+    }
+
+    /// The rows, borrowed.
+    pub(crate) fn rows(&self) -> Vec<SamplingRow<'_>> {
+        self.rows.iter().map(OwnedSamplingRow::as_row).collect()
     }
 }
 
@@ -81,21 +166,23 @@ impl CpuRunner {
 }
 
 impl Runner for CpuRunner {
-    fn sample(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+    fn run(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>], logits: WholeLogits) -> Result<Outcome> {
         let (model, kv) = (&self.model, &mut self.kv);
-        model.backend().install(|| match model.forward(inputs, kv)? {
-            Some(logits) => Ok(model.sample(&logits, rows)?),
-            None => Ok(Vec::new()),
+        let cpu = model.backend();
+        cpu.install(|| {
+            let Some(tensor) = model.forward(inputs, kv)? else { return Ok(Outcome::default()) };
+            let draws = if rows.is_empty() { Vec::new() } else { model.sample(&tensor, rows)? };
+            let logits = match logits {
+                WholeLogits::Stay => Vec::new(),
+                WholeLogits::ToHost => cpu.to_host(&model.gather_logits(tensor)?)?,
+            };
+            Ok(Outcome { draws, logits })
         })
     }
 
-    fn logits(&mut self, inputs: StepInputs) -> Result<Vec<f32>> {
-        let (model, kv) = (&self.model, &mut self.kv);
-        let cpu = model.backend();
-        cpu.install(|| match model.forward(inputs, kv)? {
-            Some(logits) => Ok(cpu.to_host(&model.gather_logits(logits)?)?),
-            None => Ok(Vec::new()),
-        })
+    fn change_blocks(&mut self, changes: &BlockChanges) -> Result<()> {
+        let layout = *self.kv.layout();
+        changes.apply(self.model.backend(), &mut self.kv, &layout)
     }
 }
 
@@ -109,18 +196,16 @@ impl RankRunner for CpuRunner {
     }
 
     fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()> {
-        match goal {
-            Goal::Tokens(rows) => {
-                let rows: Vec<SamplingRow<'_>> = rows.iter().map(OwnedSamplingRow::as_row).collect();
-                self.sample(inputs, &rows).map(drop)
+        let (model, kv) = (&self.model, &mut self.kv);
+        model.backend().install(|| {
+            let Some(logits) = model.forward(inputs, kv)? else { return Ok(()) };
+            if !goal.rows.is_empty() {
+                model.sample(&logits, &goal.rows())?;
             }
-            Goal::Logits => {
-                let (model, kv) = (&self.model, &mut self.kv);
-                model.backend().install(|| match model.forward(inputs, kv)? {
-                    Some(logits) => Ok(model.gather_logits(logits).map(drop)?),
-                    None => Ok(()),
-                })
+            if goal.logits == WholeLogits::ToHost {
+                model.gather_logits(logits)?;
             }
-        }
+            Ok(())
+        })
     }
 }

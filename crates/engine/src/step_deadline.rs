@@ -20,7 +20,7 @@ const REMEMBERED: usize = 100;
 /// A size that has not been seen (to a factor of two) is estimated from its neighbours: a larger step takes at most as much
 /// longer as it is larger, a smaller one is no slower.
 #[derive(Debug, Default)]
-pub(crate) struct StepDeadline {
+pub struct StepDeadline {
     /// What the user says instead.
     fixed: Option<Duration>,
     /// Longest times without progress by the binary logarithm of the size.
@@ -28,12 +28,13 @@ pub(crate) struct StepDeadline {
 }
 
 impl StepDeadline {
-    pub(crate) fn new(fixed: Option<Duration>) -> Self {
+    /// `fixed`: what the user says instead.
+    pub fn new(fixed: Option<Duration>) -> Self {
         Self { fixed, ..Self::default() }
     }
 
     /// A step of `size` operations ended well; `longest` is the longest time it went without progress.
-    pub(crate) fn record(&mut self, size: u64, longest: Duration) {
+    pub fn record(&mut self, size: u64, longest: Duration) {
         let seen = self.seen.entry(size.max(1).ilog2()).or_default();
         if seen.len() == REMEMBERED {
             seen.pop_front();
@@ -42,7 +43,7 @@ impl StepDeadline {
     }
 
     /// The limit of a step of `size` operations.
-    pub(crate) fn limit(&self, size: u64) -> Duration {
+    pub fn limit(&self, size: u64) -> Duration {
         if let Some(fixed) = self.fixed {
             return fixed;
         }

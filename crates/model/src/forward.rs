@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use longhaul_backend::{
     Backend, Error as BackendError, ExpertWeights, HostTensor, Linear, MoeWeights, Pending, SharedExpert,
 };
-use longhaul_backend::{KvLayout, Sampled, SamplingRow, StepInputs};
+use longhaul_backend::{Draw, KvLayout, SamplingRow, StepInputs};
 use longhaul_weights::TensorSource;
 
 use crate::manifest::layer_tensor;
@@ -381,7 +381,7 @@ impl<B: Backend> Model<B> {
     ///
     /// # Errors
     /// As [`Backend::sample`].
-    pub fn sample(&self, logits: &B::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>> {
+    pub fn sample(&self, logits: &B::Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Draw>> {
         Ok(self.backend.sample(logits, &self.vocabulary_shares, rows)?)
     }
 

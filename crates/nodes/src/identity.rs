@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Version of the handshake, of the frames, and of what nodes tell each other in them.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// What must be equal on all nodes of a group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -149,7 +149,8 @@ fn another_protocol_is_refused_on_both_sides() {
     let error = joined.map(|_| ()).unwrap_err();
     assert!(matches!(&error, NodesError::Refused { field, .. } if field == "protocol"), "{error}");
     assert_eq!(error.exit_code(), 65);
-    assert!(reports[0].contains("protocol 2, the leader's is 1"), "{reports:?}");
+    let (newer, ours) = (PROTOCOL + 1, PROTOCOL);
+    assert!(reports[0].contains(&format!("protocol {newer}, the leader's is {ours}")), "{reports:?}");
     let error = led.map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("node 1 had not joined") && error.contains("protocol 2"), "{error}");
 }

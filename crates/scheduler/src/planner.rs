@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use crate::plan::{BlockCopy, PendingId, PlannedSample, PlannedSequence, StepId, StepPlan};
-use crate::request::SequenceId;
+use crate::request::{SequenceId, Update};
 use crate::results::{Drawing, InFlight};
 use crate::scheduler::Scheduler;
 use crate::sequence::Phase;
@@ -287,6 +287,7 @@ impl Scheduler {
         }
         live.started = Some(self.next_start);
         live.cached_tokens = hits * block_size;
+        self.updates.push(Update::Started { id: id.request, cached_tokens: live.cached_tokens });
         self.next_start += 1;
         self.counts.cache_hits += (hits * block_size) as u64;
         self.counts.cache_queries += if scores { 0 } else { live.load.tokens as u64 };

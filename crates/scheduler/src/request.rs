@@ -301,6 +301,13 @@ pub enum Event {
 /// What a scheduler tells its caller, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Update {
+    /// A request has its first blocks. Once for each that is not refused and does not end before.
+    Started {
+        /// The request.
+        id: RequestId,
+        /// Tokens of its prompt that were found in the prefix cache.
+        cached_tokens: usize,
+    },
     /// The next token of a choice. Each is told once, whatever happens to the sequence.
     Token {
         /// The choice.

@@ -18,6 +18,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod auth;
+mod batch;
 mod choice;
 mod config;
 mod connection;
@@ -36,16 +37,15 @@ mod response;
 mod router;
 mod server;
 mod serving;
-mod single;
 mod sse;
 
 pub use auth::{ApiKeys, KeyError};
+pub use batch::{BatchOptions, BatchStartError, Batchable, Batched, Defaults, QueueLimits, StepDevice};
 pub use config::{Config, Limits};
 pub use ledger::Outcome;
 pub use lifecycle::{Lifecycle, Phase};
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
-    Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken, Refusal, Sampling,
-    Serving, Snapshot, Submission, TokenScore, channel,
+    Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
+    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, Submission, TokenScore, channel,
 };
-pub use single::{Defaults, QueueLimits, SingleSequence};

@@ -243,6 +243,9 @@ pub enum Refusal {
     Unavailable(String),
 }
 
+/// Upper bounds of the buckets of rows a step, as vLLM's `iteration_tokens_total` has them.
+pub const STEP_ROWS: [u64; 12] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
+
 /// Gauges and counters of the engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Snapshot {
@@ -250,6 +253,8 @@ pub struct Snapshot {
     pub running: usize,
     /// Requests in the queue.
     pub waiting: usize,
+    /// Prompt tokens of these.
+    pub waiting_tokens: usize,
     /// Fraction of the KV blocks in use.
     pub kv_cache_usage: f64,
     /// Requests put back into the queue for want of blocks, ever.
@@ -260,6 +265,10 @@ pub struct Snapshot {
     pub prefix_hits: u64,
     /// Steps computed, ever.
     pub steps: u64,
+    /// Of these, by their rows: up to [`STEP_ROWS`], and more.
+    pub step_rows: [u64; STEP_ROWS.len() + 1],
+    /// Rows of all steps.
+    pub step_rows_sum: u64,
     /// Times that tokens were guessed ahead of the model (speculative decoding), ever.
     pub drafts: u64,
     /// Tokens guessed.

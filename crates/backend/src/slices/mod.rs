@@ -16,7 +16,7 @@
 mod search;
 mod wire;
 
-use crate::{Collective, Error, Result, Sampled, SamplingRow};
+use crate::{Collective, Draw as RowDraw, Result, RowError, Sampled, SamplingRow};
 use search::{Draw, Search};
 use wire::{
     CANDIDATE_WORDS, RowMasses, Words, exchange_masses, exchange_summaries, gather, push_candidate,
@@ -208,7 +208,7 @@ pub fn sample_slices(
     slice: &mut dyn VocabularySlice,
     vocab: usize,
     rows: &[SamplingRow<'_>],
-) -> Result<Vec<Sampled>> {
+) -> Result<Vec<RowDraw>> {
     for (index, row) in rows.iter().enumerate() {
         row.check(vocab, index)?;
     }
@@ -216,24 +216,32 @@ pub fn sample_slices(
         return Ok(Vec::new());
     }
     let summaries = exchange_summaries(group, slice.summaries()?, rows.len())?;
-    for (row, summary) in summaries.iter().enumerate() {
-        if !summary.finite {
-            return Err(Error::NotFinite { row });
-        }
-        if score(summary.best) == f32::NEG_INFINITY {
-            return Err(Error::NothingAllowed { row });
-        }
-    }
-    let largest: Vec<Largest> =
-        summaries.iter().map(|s| Largest { logit: s.largest, score: score(s.best) }).collect();
-    let wanted: Vec<usize> = rows.iter().map(|row| wanted(row, vocab)).collect();
+    let failures: Vec<Option<RowError>> = summaries
+        .iter()
+        .map(|summary| match summary {
+            summary if !summary.finite => Some(RowError::NotFinite),
+            summary if score(summary.best) == f32::NEG_INFINITY => Some(RowError::NothingAllowed),
+            _ => None,
+        })
+        .collect();
+    // Beside infinity, all weights of a row that has failed are nothing.
+    let largest = summaries.iter().zip(&failures).map(|(summary, failure)| match failure {
+        Some(_) => Largest { logit: f32::INFINITY, score: f32::INFINITY },
+        None => Largest { logit: summary.largest, score: score(summary.best) },
+    });
+    let largest: Vec<Largest> = largest.collect();
+    let wanted: Vec<usize> = rows
+        .iter()
+        .zip(&failures)
+        .map(|(row, failed)| failed.map_or_else(|| wanted(row, vocab), |_| 0))
+        .collect();
     let masses = exchange_masses(group, slice.masses(&largest, &wanted)?, &wanted)?;
 
     let mut draws: Vec<Draw<'_>> = Vec::new();
     let mut chosen: Vec<Candidate> = Vec::with_capacity(rows.len());
     for (index, ((row, masses), summary)) in rows.iter().zip(&masses).zip(&summaries).enumerate() {
         chosen.push(Candidate { place: summary.best, mass: 0, logit: summary.logit });
-        if row.temperature > 0.0 {
+        if row.temperature > 0.0 && failures.get(index) == Some(&None) {
             draws.push(Draw::new(index, row, vocab, score(summary.best), slice.unit(), masses));
         }
     }
@@ -260,7 +268,8 @@ pub fn sample_slices(
         id: candidate.place as u32,
         logprob: (f64::from(candidate.logit - largest.logit) - (masses.raw as f64 / unit).ln()) as f32,
     };
-    Ok(chosen.into_iter().zip(masses.iter().zip(&largest)).map(logprob).collect())
+    let sampled = chosen.into_iter().zip(masses.iter().zip(&largest)).map(logprob);
+    Ok(sampled.zip(failures).map(|(sampled, failed)| failed.map_or(Ok(sampled), Err)).collect())
 }
 
 fn score(place: u64) -> f32 {

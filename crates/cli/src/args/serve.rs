@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 
 use super::ModelArgs;
 
-/// Serve the OpenAI API over HTTP, one request at a time
+/// Serve the OpenAI API over HTTP
 #[derive(Debug, Args)]
 #[command(after_help = "Example: longhaul serve --model demo --port 8000\n\
     Keys come from --api-key-file, or from LONGHAUL_API_KEY or VLLM_API_KEY (one key), never from the command line.")]
@@ -15,6 +15,8 @@ pub struct ServeArgs {
     pub model_tag: Option<String>,
     #[command(flatten)]
     pub http: HttpArgs,
+    #[command(flatten)]
+    pub batch: BatchArgs,
     #[command(flatten)]
     pub queue: QueueArgs,
     #[command(flatten)]
@@ -79,11 +81,47 @@ pub struct HttpArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Batching")]
+pub struct BatchArgs {
+    /// Sequences that run at a time [default: 256]
+    #[arg(long, value_parser = positive, value_name = "N")]
+    pub max_num_seqs: Option<usize>,
+    /// Rows of a step: tokens that decode and tokens of prompts. More than --max-num-seqs [default: what suits the device]
+    #[arg(long, value_parser = positive, value_name = "N")]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Tokens of prompts in a step in which others decode: less is smoother, more is faster to the first token
+    #[arg(long, value_parser = positive, default_value_t = 512, value_name = "N")]
+    pub max_mixed_prefill_tokens: usize,
+    /// Plan the next step while one runs: auto where the device leaves the CPU alone
+    #[arg(long, value_enum, default_value_t = OnOffArg::Auto, value_name = "auto|on|off")]
+    pub async_scheduling: OnOffArg,
+    /// Compute every prompt anew instead of keeping KV blocks for prompts that begin alike
+    #[arg(long)]
+    pub no_enable_prefix_caching: bool,
+    /// KV blocks of the pool [default: what fits beside the model; on the CPU 4 GiB at most]
+    #[arg(long, value_parser = positive, value_name = "N", conflicts_with = "kv_cache_memory_bytes")]
+    pub num_gpu_blocks_override: Option<usize>,
+    /// Bytes of the KV pool of all ranks that share a memory, else of each
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
+    pub kv_cache_memory_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnOffArg {
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Queue")]
 pub struct QueueArgs {
     /// Requests that may wait; more are refused with 503
-    #[arg(long, default_value_t = 256, value_parser = positive, value_name = "N")]
+    #[arg(long, default_value_t = 1024, value_parser = positive, value_name = "N")]
     pub max_num_queued_reqs: usize,
+    /// Requests of one API key that may wait; more are refused with 429 [default: no limit]
+    #[arg(long, value_parser = positive, value_name = "N")]
+    pub max_num_queued_reqs_per_key: Option<usize>,
     /// Prompt tokens that may wait; more are refused with 503 [default: no limit]
     #[arg(long, value_parser = positive, value_name = "TOKENS")]
     pub max_num_queued_tokens: Option<usize>,

@@ -1,13 +1,16 @@
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use longhaul_engine::{EngineError, Loader, Precision};
-use longhaul_server::{ApiKeys, Config, Defaults, Lifecycle, Limits, QueueLimits, Server, SingleSequence};
+use longhaul_engine::{EngineError, KvPool, Loader, Precision};
+use longhaul_server::{
+    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Lifecycle, Limits, QueueLimits, Server,
+};
 
-use crate::args::{GenerationConfigArg, ModelArgs, ServeArgs};
+use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
 use crate::exit::{self, UsageError};
 
 /// Variables that may hold one API key.
@@ -27,7 +30,41 @@ fn model(args: &ServeArgs) -> ModelArgs {
 /// # Errors
 /// A model name that means nothing.
 pub fn loader(args: &ServeArgs) -> Result<Loader, EngineError> {
-    model(args).loader(Precision::Fastest)
+    let mut loader = model(args).loader(Precision::Fastest)?;
+    let batch = &args.batch;
+    loader.device.kv_pool = match (batch.num_gpu_blocks_override, batch.kv_cache_memory_bytes) {
+        (Some(blocks), _) => KvPool::Blocks(blocks),
+        (None, Some(bytes)) => KvPool::Bytes(bytes),
+        (None, None) => KvPool::Memory,
+    };
+    loader.device.max_sequences = NonZeroUsize::new(batch.max_num_seqs.unwrap_or(MAX_NUM_SEQS));
+    loader.device.max_step_rows = batch.max_num_batched_tokens.and_then(NonZeroUsize::new);
+    Ok(loader)
+}
+
+/// As vLLM's on small devices.
+const MAX_NUM_SEQS: usize = 256;
+
+fn batch_options(args: &ServeArgs) -> BatchOptions {
+    let (batch, queue) = (&args.batch, &args.queue);
+    BatchOptions {
+        queue: QueueLimits {
+            requests: queue.max_num_queued_reqs,
+            tokens: queue.max_num_queued_tokens.unwrap_or(usize::MAX),
+            requests_per_key: queue.max_num_queued_reqs_per_key.unwrap_or(usize::MAX),
+        },
+        max_num_seqs: batch.max_num_seqs,
+        max_num_batched_tokens: batch.max_num_batched_tokens,
+        max_mixed_prefill_rows: Some(batch.max_mixed_prefill_tokens),
+        async_scheduling: match batch.async_scheduling {
+            OnOffArg::Auto => None,
+            OnOffArg::On => Some(true),
+            OnOffArg::Off => Some(false),
+        },
+        no_prefix_cache: batch.no_enable_prefix_caching,
+        step_timeout: args.model.nodes.step_timeout,
+        queued_events: Limits::default().queued_events,
+    }
 }
 
 /// `longhaul serve`
@@ -42,17 +79,13 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     }
 
     let lifecycle = server.lifecycle();
-    let queue = QueueLimits {
-        requests: args.queue.max_num_queued_reqs,
-        tokens: args.queue.max_num_queued_tokens.unwrap_or(usize::MAX),
-        ..QueueLimits::default()
-    };
+    let batch = batch_options(args);
     let defaults = match args.http.generation_config {
         GenerationConfigArg::Auto => Defaults::Checkpoint,
         GenerationConfigArg::Neutral => Defaults::Neutral,
     };
     let loading = std::thread::Builder::new().name("longhaul-load".into()).spawn(move || {
-        let result = load(&loader, &model.model, &lifecycle, queue, defaults);
+        let result = load(&loader, &model.model, &lifecycle, &batch, defaults);
         if result.is_err() {
             lifecycle.abandon();
         }
@@ -75,13 +108,16 @@ fn load(
     loader: &Loader,
     root: &str,
     lifecycle: &Lifecycle,
-    queue: QueueLimits,
+    batch: &BatchOptions,
     defaults: Defaults,
 ) -> Result<()> {
     let engine = loader.load(&mut |done, total| lifecycle.progress(done, total))?;
     engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
     let device = engine.device().to_owned();
-    let serving = SingleSequence::start(engine, root.to_owned(), queue, defaults)?;
+    let batchable = Batchable::engine(engine, root.to_owned(), defaults);
+    // The health check says so; whoever supervises the process starts it again.
+    let serving =
+        Batched::start(batchable, batch, |reason| eprintln!("error: the engine is lost: {reason}"))?;
     lifecycle.ready(Arc::new(serving));
     eprintln!("ready: {root} on {device}");
     Ok(())

@@ -1,7 +1,7 @@
 //! Drawing tokens (`cuda/sampling/`): one upload of parameters, two launches (three where a row draws), one small download.
 
 use bytemuck::{Pod, Zeroable};
-use longhaul_backend::{Error, Sampled, SamplingRow, uniform};
+use longhaul_backend::{Draw, Error, RowError, Sampled, SamplingRow, uniform};
 
 use crate::CudaError;
 use crate::context::{Context, Kernel, KernelInfo};
@@ -189,9 +189,8 @@ impl Batch {
 /// Draws one token for each row of `logits` (f32 `[rows, vocab]`); see [`SamplingRow`] for the order of the rules.
 ///
 /// # Errors
-/// [`Error::NotFinite`] for the first row with a NaN or infinite logit, [`Error::NothingAllowed`] for one whose rules leave
-/// no token; those of [`SamplingRow::check`]; shapes that do not fit; no room in the arena.
-pub fn sample(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Sampled>, Error> {
+/// Those of [`SamplingRow::check`]; shapes that do not fit; no room in the arena.
+pub fn sample(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Result<Vec<Draw>, Error> {
     check(logits, rows)?;
     if logits.cols == 0 {
         return Err(Error::shape(OP, "a vocabulary of no ids"));
@@ -214,14 +213,14 @@ pub fn sample(ctx: &Context, logits: &Tensor, rows: &[SamplingRow<'_>]) -> Resul
     out.iter()
         .enumerate()
         .map(|(row, result)| match result.status {
-            NOT_FINITE => Err(Error::NotFinite { row }),
-            NOTHING_ALLOWED => Err(Error::NothingAllowed { row }),
+            NOT_FINITE => Ok(Err(RowError::NotFinite)),
+            NOTHING_ALLOWED => Ok(Err(RowError::NothingAllowed)),
             _ if result.id as usize >= vocab => Err(CudaError::Call {
                 call: OP.into(),
                 message: format!("row {row} drew id {} of {vocab}", result.id),
             }
             .into()),
-            _ => Ok(Sampled { id: result.id, logprob: result.logprob }),
+            _ => Ok(Ok(Sampled { id: result.id, logprob: result.logprob })),
         })
         .collect()
 }

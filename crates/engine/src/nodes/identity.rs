@@ -7,6 +7,8 @@ use sha2::{Digest, Sha256};
 pub(crate) struct Plan<'a> {
     pub shards: &'a ShardPlan,
     pub positions: &'a PositionProfile,
+    /// KV blocks of the pool.
+    pub blocks: usize,
     /// Precision of products and of the cache, in words.
     pub precision: String,
 }
@@ -29,9 +31,10 @@ pub(crate) fn identity(
         model: format!("{} layers, {}", spec.layers, sha256(model.as_bytes())),
         tokenizer: tokenizer.into(),
         plan: format!(
-            "{} ranks, context {}, {}, {}",
+            "{} ranks, context {}, {} KV blocks, {}, {}",
             plan.shards.ranks().len(),
             plan.positions.max_model_len,
+            plan.blocks,
             plan.precision,
             sha256(details.as_bytes())
         ),

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use longhaul_backend::{Collective, StepInputs};
+use longhaul_backend::Collective;
 use longhaul_collective::Mirror;
 use longhaul_nodes::{Channel, Connection, Liveness, MOST_BYTES, NodesError};
 
@@ -12,7 +12,7 @@ use super::message::{self, FIRST_KIND, Message};
 use super::{FAREWELL, LAST_WORDS, Star, ended, lose};
 use crate::Result;
 use crate::ranks::{Grace, Member};
-use crate::runner::Goal;
+use crate::runner::Order;
 
 /// How often a wait looks whether the group still stands.
 const LOOK: Duration = Duration::from_millis(20);
@@ -22,7 +22,7 @@ pub(crate) struct RemoteNodes {
     star: Arc<Star>,
     nodes: Vec<RemoteNode>,
     group: Arc<dyn Collective>,
-    /// Number of the last step.
+    /// Number of the last order.
     step: u64,
 }
 
@@ -88,9 +88,9 @@ impl Member for RemoteNodes {
         self.nodes.first().map_or(0, |node| node.ranks.start)
     }
 
-    fn start(&mut self, inputs: &StepInputs, goal: &Goal) {
+    fn start(&mut self, order: &Order) {
         self.step += 1;
-        self.star.send_to_all(message::step(self.step, inputs, goal));
+        self.star.send_to_all(message::order(self.step, order));
     }
 
     fn finish(&mut self, _: &mut Grace) -> Result<()> {

@@ -6,16 +6,17 @@
 //! ready    18                         all ranks of the node are loaded
 //! end      19                         no more steps: the node ends well
 //!
-//! goal     0 u32                      the whole logits
-//!          1 u32 | rows u32, each: temperature, top-p, min-p, repetition, presence and frequency penalty (bits u32) | top-k u32 |
-//!                  seed u64 | position u64 | seen ids | times generated | biased ids | biases (bits) | banned ids |
-//!                  0 u32, or 1 u32 | mask
+//! blocks   20 | number u64 | blocks to zero | blocks to copy from | blocks to copy to
+//!
+//! goal     1 u32 for the whole logits, else 0 | rows u32, each: temperature, top-p, min-p, repetition, presence and frequency
+//!          penalty (bits u32) | top-k u32 | seed u64 | position u64 | seen ids | times generated | biased ids | biases (bits) |
+//!          banned ids | 0 u32, or 1 u32 | mask
 //! ```
 //! Integers are little-endian; lists are a count u32 and words u32.
 
 use longhaul_backend::{OwnedSamplingRow, SamplingRow, SeenToken, SequenceInputs, StepInputs};
 
-use crate::runner::Goal;
+use crate::runner::{BlockChanges, Goal, Order, WholeLogits};
 
 /// Kinds below are the collective's.
 pub(crate) const FIRST_KIND: u8 = 16;
@@ -23,17 +24,32 @@ const STEP: u8 = 16;
 const DONE: u8 = 17;
 const READY: u8 = 18;
 const END: u8 = 19;
+const BLOCKS: u8 = 20;
 
 #[derive(Debug, PartialEq)]
 pub(crate) enum Message {
-    Step { number: u64, inputs: StepInputs, goal: Goal },
+    Order { number: u64, order: Order },
     Done { number: u64 },
     Ready,
     End,
 }
 
-/// A step as a message.
-pub(crate) fn step(number: u64, inputs: &StepInputs, goal: &Goal) -> Vec<u8> {
+/// What all ranks do as a message.
+pub(crate) fn order(number: u64, order: &Order) -> Vec<u8> {
+    match order {
+        Order::Step(inputs, goal) => step(number, inputs, goal),
+        Order::Blocks(changes) => {
+            let mut bytes = vec![BLOCKS];
+            bytes.extend(number.to_le_bytes());
+            list(&mut bytes, changes.zero.iter().copied());
+            list(&mut bytes, changes.copies.iter().map(|(source, _)| *source));
+            list(&mut bytes, changes.copies.iter().map(|(_, destination)| *destination));
+            bytes
+        }
+    }
+}
+
+fn step(number: u64, inputs: &StepInputs, goal: &Goal) -> Vec<u8> {
     let blocks: usize = inputs.sequences.iter().map(|s| s.block_table.len() + 3).sum();
     let mut bytes = Vec::with_capacity(32 + 4 * (2 * inputs.ids.len() + blocks + inputs.logit_rows.len()));
     bytes.push(STEP);
@@ -47,14 +63,9 @@ pub(crate) fn step(number: u64, inputs: &StepInputs, goal: &Goal) -> Vec<u8> {
         list(&mut bytes, sequence.block_table.iter().copied());
     }
     list(&mut bytes, inputs.logit_rows.iter().map(|&row| row as u32));
-    match goal {
-        Goal::Logits => word(&mut bytes, 0),
-        Goal::Tokens(rows) => {
-            word(&mut bytes, 1);
-            word(&mut bytes, rows.len());
-            rows.iter().for_each(|row| sampling_row(&mut bytes, &row.as_row()));
-        }
-    }
+    word(&mut bytes, usize::from(goal.logits == WholeLogits::ToHost));
+    word(&mut bytes, goal.rows.len());
+    goal.rows.iter().for_each(|row| sampling_row(&mut bytes, &row.as_row()));
     bytes
 }
 
@@ -117,7 +128,16 @@ impl Message {
         let message = match kind {
             STEP => {
                 let (number, inputs) = (reader.number()?, reader.inputs()?);
-                Message::Step { number, inputs, goal: reader.goal()? }
+                Message::Order { number, order: Order::Step(inputs, reader.goal()?) }
+            }
+            BLOCKS => {
+                let (number, zero) = (reader.number()?, reader.list(|block| block)?);
+                let (sources, destinations) = (reader.list(|block| block)?, reader.list(|block| block)?);
+                if sources.len() != destinations.len() {
+                    return Err("copies without a source or destination".into());
+                }
+                let copies = sources.into_iter().zip(destinations).collect();
+                Message::Order { number, order: Order::Blocks(BlockChanges { zero, copies }) }
             }
             DONE => Message::Done { number: reader.number()? },
             READY => Message::Ready,
@@ -182,14 +202,13 @@ impl Reader<'_> {
     }
 
     fn goal(&mut self) -> Result<Goal, String> {
-        match self.word()? {
-            0 => Ok(Goal::Logits),
-            1 => {
-                let rows = (0..self.count(LEAST_ROW_BYTES)?).map(|_| self.sampling_row());
-                rows.collect::<Result<_, String>>().map(Goal::Tokens)
-            }
-            other => Err(format!("a goal of kind {other}")),
-        }
+        let logits = match self.word()? {
+            0 => WholeLogits::Stay,
+            1 => WholeLogits::ToHost,
+            other => return Err(format!("a goal of kind {other}")),
+        };
+        let rows = (0..self.count(LEAST_ROW_BYTES)?).map(|_| self.sampling_row());
+        Ok(Goal { rows: rows.collect::<Result<_, String>>()?, logits })
     }
 
     fn sampling_row(&mut self) -> Result<OwnedSamplingRow, String> {
@@ -262,15 +281,22 @@ mod tests {
             banned: &[1, 2, 3],
             allowed: Some(&[u32::MAX, 0, 7]),
         };
-        Goal::tokens(&[plain, full])
+        Goal::new(&[plain, full], WholeLogits::Stay)
     }
 
     #[test]
     fn what_is_said_is_heard() {
-        for goal in [goal(), Goal::Logits, Goal::tokens(&[])] {
-            let step = step(u64::MAX - 1, &inputs(), &goal);
-            let heard = Message::decode(&step);
-            assert_eq!(heard, Ok(Message::Step { number: u64::MAX - 1, inputs: inputs(), goal }));
+        let nothing = |logits| Goal::new(&[], logits);
+        let both = Goal { logits: WholeLogits::ToHost, ..goal() };
+        let steps = [goal(), both, nothing(WholeLogits::ToHost), nothing(WholeLogits::Stay)];
+        let changes = BlockChanges { zero: vec![4, 2], copies: vec![(1, 2), (u32::MAX, 0)] };
+        let orders = steps
+            .map(|goal| Order::Step(inputs(), goal))
+            .into_iter()
+            .chain([Order::Blocks(changes), Order::Blocks(BlockChanges::default())]);
+        for order in orders {
+            let said = super::order(u64::MAX - 1, &order);
+            assert_eq!(Message::decode(&said), Ok(Message::Order { number: u64::MAX - 1, order }));
         }
         assert_eq!(Message::decode(&done(3)), Ok(Message::Done { number: 3 }));
         assert_eq!(Message::decode(&ready()), Ok(Message::Ready));

@@ -3,14 +3,14 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-use longhaul_backend::{Collective, StepInputs};
+use longhaul_backend::Collective;
 use longhaul_collective::Mirror;
 use longhaul_nodes::{Channel, Connection, Liveness, MOST_BYTES, NodesError};
 
 use super::message::{self, FIRST_KIND, Message};
 use super::{LAST_WORDS, Star, ended, lose};
 use crate::ranks::{Follower, Grace, Member, Watch, first_cause, is_consequence};
-use crate::runner::Goal;
+use crate::runner::Order;
 use crate::{EngineError, Result};
 
 /// How often a worker without work looks whether the group still stands.
@@ -77,9 +77,9 @@ impl Worker {
         self.star.send_to_all(message::ready());
         loop {
             match self.heard.recv_timeout(LOOK) {
-                Ok(Message::Step { number, inputs, goal }) => {
-                    let _running = watch.step(&inputs);
-                    step(&mut followers, &inputs, &goal)?;
+                Ok(Message::Order { number, order }) => {
+                    let _running = watch.watch(&order);
+                    obey(&mut followers, &order)?;
                     self.star.send_to_all(message::done(number));
                 }
                 Ok(Message::End) => return Ok(()),
@@ -101,9 +101,9 @@ impl Drop for Worker {
     }
 }
 
-/// Runs a step on all ranks of this node; the first failure that is a cause.
-fn step(followers: &mut [Follower], inputs: &StepInputs, goal: &Goal) -> Result<()> {
-    followers.iter_mut().for_each(|follower| follower.start(inputs, goal));
+/// All ranks of this node do it; the first failure that is a cause.
+fn obey(followers: &mut [Follower], order: &Order) -> Result<()> {
+    followers.iter_mut().for_each(|follower| follower.start(order));
     let mut grace = Grace::default();
     let results = followers.iter_mut().map(|follower| {
         follower.finish(&mut grace).map_err(|source| match is_consequence(&source) {

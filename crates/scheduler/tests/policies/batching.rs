@@ -117,7 +117,7 @@ fn a_row_too_many_is_not_told() {
     assert_eq!((h.told(choice(id, 0)), h.outcome(id).map(|o| o.label())), (0, Some("stop")));
     h.done(&ahead);
     h.run();
-    assert_eq!(h.updates.len(), 2);
+    assert_eq!(h.updates.len(), 3);
 }
 
 #[test]

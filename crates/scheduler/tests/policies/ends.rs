@@ -126,7 +126,7 @@ fn a_cancelled_request_frees_its_blocks_at_once() {
     h.done(&plan);
     h.events.push(Event::Cancel(id));
     h.run();
-    assert_eq!(h.updates.len(), 1);
+    assert_eq!(h.updates.len(), 2);
 }
 
 #[test]

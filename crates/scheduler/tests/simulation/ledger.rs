@@ -31,6 +31,8 @@ pub struct Row {
     pub choices: Vec<Choice>,
     pub blame: Blame,
     arrived: Duration,
+    /// Cached tokens that its start was told with.
+    started: Option<usize>,
     /// Prompt rows whose logits were computed, in order, since it last began.
     pub scored: usize,
     /// Tokens that the client has not read.
@@ -78,6 +80,7 @@ impl Ledger {
         let row = Row {
             choices: (0..request.choices).map(|_| choice()).collect(),
             arrived: now,
+            started: None,
             scored: 0,
             blame: Blame::default(),
             unread: 0,
@@ -131,7 +134,18 @@ impl Ledger {
         stopped: bool,
     ) -> Result<(), String> {
         match *update {
+            Update::Started { id, cached_tokens } => {
+                let row = self.rows.get_mut(&id).filter(|row| row.outcome.is_none());
+                let row = row.ok_or_else(|| format!("{id:?} starts after its end"))?;
+                match row.started.replace(cached_tokens) {
+                    Some(_) => Err(format!("{id:?} starts twice")),
+                    None => Ok(()),
+                }
+            }
             Update::Token { sequence, token } => {
+                if self.rows.get(&sequence.request).is_some_and(|row| row.started.is_none()) {
+                    return Err(format!("{sequence:?} draws before its start"));
+                }
                 let row = self.rows.get(&sequence.request).filter(|row| row.request.scored);
                 if let Some(row) = row.filter(|r| sequence.choice == 0 && r.choices[0].tokens.is_empty()) {
                     if row.scored != row.request.prompt.len() {
@@ -178,6 +192,12 @@ impl Ledger {
                 let told: usize = row.choices.iter().map(|c| c.tokens.len()).sum();
                 if (usage.output_tokens, usage.prompt_tokens) != (told, row.request.prompt.len()) {
                     return Err(format!("{id:?} was told {told} tokens, its usage is {usage:?}"));
+                }
+                if usage.cached_tokens != row.started.unwrap_or(0) {
+                    return Err(format!(
+                        "{id:?} was told {:?} cached tokens, its usage is {usage:?}",
+                        row.started
+                    ));
                 }
                 if usage.preemptions as usize > 8 * row.request.choices {
                     return Err(format!("{id:?} was preempted {} times", usage.preemptions));

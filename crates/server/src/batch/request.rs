@@ -1,0 +1,289 @@
+//! A request between its submission and its end: what the step loop has to know to draw its tokens and to tell of them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use longhaul_engine::{BatchDraw, Seen};
+
+use super::admission::Place;
+use crate::serving::{
+    Event, EventSink, Failure, Finish, Matcher, ModelInfo, PromptToken, Submission, TokenScore,
+};
+
+/// What all requests of a model have in common.
+pub(super) struct Rules {
+    /// Ids that end a choice.
+    pub(super) end_tokens: Vec<u32>,
+    /// Ids that nobody may draw.
+    pub(super) padding: Arc<[u32]>,
+    pub(super) vocab_size: usize,
+}
+
+/// A request that has not ended.
+pub(super) struct Running {
+    submission: Submission,
+    sink: EventSink,
+    /// Its place in the queue, until it starts.
+    place: Option<Place>,
+    choices: Vec<Choice>,
+    /// Ids that end a choice.
+    stop_ids: Vec<u32>,
+    /// What must not be drawn, and what must not before `min_tokens`.
+    banned: Arc<[u32]>,
+    banned_early: Arc<[u32]>,
+    bias: Arc<[(u32, f32)]>,
+    allowed: Option<Arc<[u32]>>,
+    /// Prompt tokens whose scores were told.
+    scored: usize,
+    /// Why it fails, when the scheduler does not know.
+    failure: Option<Failure>,
+}
+
+struct Choice {
+    seen: Seen,
+    matcher: Option<Box<dyn Matcher>>,
+    /// Tokens told.
+    tokens: usize,
+    /// Scores of tokens that were drawn and not told yet, by position.
+    drawn: BTreeMap<usize, TokenScore>,
+    /// Nothing more is told of it.
+    done: bool,
+}
+
+impl Running {
+    pub(super) fn new(submission: Submission, sink: EventSink, place: Place, rules: &Rules) -> Self {
+        let sampling = &submission.sampling;
+        let seen = Seen::new(&sampling.params, &submission.prompt);
+        let choice = |_| Choice {
+            seen: seen.clone(),
+            matcher: submission.grammar.as_ref().map(|grammar| grammar.matcher()),
+            tokens: 0,
+            drawn: BTreeMap::new(),
+            done: false,
+        };
+        let choices = (0..submission.n).map(choice).collect();
+        let mut stop_ids = sampling.stop_token_ids.clone();
+        if !sampling.ignore_eos {
+            stop_ids.extend(&rules.end_tokens);
+        }
+        let banned_early = match sampling.min_tokens {
+            0 => Arc::clone(&rules.padding),
+            _ => rules.padding.iter().chain(&stop_ids).copied().collect(),
+        };
+        Self {
+            stop_ids,
+            banned: Arc::clone(&rules.padding),
+            banned_early,
+            bias: sampling.logit_bias.clone().into(),
+            allowed: mask(&sampling.allowed_token_ids, rules.vocab_size),
+            place: Some(place),
+            choices,
+            sink,
+            submission,
+            scored: 0,
+            failure: None,
+        }
+    }
+
+    /// Ids that end a choice.
+    pub(super) fn stop_ids(&self) -> &[u32] {
+        &self.stop_ids
+    }
+
+    pub(super) fn submission(&self) -> &Submission {
+        &self.submission
+    }
+
+    /// Whether the next draw depends on the tokens before it.
+    pub(super) fn looks_back(&self) -> bool {
+        self.submission.grammar.is_some() || self.choices.iter().any(|choice| choice.seen.is_used())
+    }
+
+    /// Whether its client wants nothing more of it.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.sink.is_cancelled()
+    }
+
+    /// Choices that need no further tokens, and are told so here for the first time.
+    pub(super) fn newly_stopped(&mut self) -> Vec<u32> {
+        let sink = &self.sink;
+        let stopped = |(index, choice): (u32, &mut Choice)| {
+            let stopped = !choice.done && sink.is_stopped(index);
+            choice.done |= stopped;
+            stopped.then_some(index)
+        };
+        (0..).zip(&mut self.choices).filter_map(stopped).collect()
+    }
+
+    /// How the token at `position` of a choice is drawn. A grammar that leads nowhere fails the request: false.
+    pub(super) fn draw(&mut self, choice: u32, position: usize) -> (BatchDraw, bool) {
+        let sampling = &self.submission.sampling;
+        let mut params = sampling.params;
+        params.seed = params.seed.wrapping_add(choice.into());
+        let early = position < sampling.min_tokens;
+        let mut draw = BatchDraw {
+            params,
+            position: position as u64,
+            seen: Vec::new(),
+            bias: Arc::clone(&self.bias),
+            banned: Arc::clone(if early { &self.banned_early } else { &self.banned }),
+            allowed: self.allowed.clone(),
+        };
+        let Some(state) = self.choices.get_mut(choice as usize).filter(|choice| !choice.done) else {
+            return (draw, true);
+        };
+        draw.seen = state.seen.tokens().to_vec();
+        if let Some(matcher) = &mut state.matcher {
+            match matcher.allowed() {
+                Ok(words) => {
+                    draw.allowed = Some(match &draw.allowed {
+                        None => words.into(),
+                        Some(mask) => mask.iter().zip(words).map(|(a, b)| a & b).collect(),
+                    });
+                }
+                Err(message) => {
+                    self.failure.get_or_insert(Failure::Grammar(message));
+                    return (draw, false);
+                }
+            }
+        }
+        (draw, true)
+    }
+
+    /// Alternatives that are wanted beside each token.
+    pub(super) fn top_logprobs(&self) -> usize {
+        self.submission.logprobs.unwrap_or(0) as usize
+    }
+
+    /// The token of the prompt behind `position`, when its score is wanted and was not told yet, and how many alternatives.
+    pub(super) fn to_score(&self, position: usize) -> Option<(u32, usize)> {
+        let top = self.submission.prompt_logprobs?;
+        let next = self.submission.prompt.get(position + 1)?;
+        (position + 1 >= self.scored.max(1)).then_some((*next, top as usize))
+    }
+
+    /// A token was drawn, which the scheduler has still to accept.
+    pub(super) fn drawn(&mut self, choice: u32, position: usize, token: TokenScore) {
+        if let Some(choice) = self.choices.get_mut(choice as usize) {
+            choice.drawn.insert(position, token);
+        }
+    }
+
+    /// A draw failed, for a reason that only the rules of the request explain.
+    pub(super) fn nothing_allowed(&mut self) {
+        let failure = match self.submission.grammar {
+            Some(_) => Failure::Grammar("no token that the grammar allows may be drawn".into()),
+            None => Failure::Engine("the request's rules leave no token to draw".into()),
+        };
+        self.explain(failure);
+    }
+
+    /// Scores of the tokens behind `first_position`. Those that were told before, by a run that was preempted, are skipped.
+    pub(super) fn scored(&mut self, first_position: usize, scores: Vec<TokenScore>) {
+        let told = self.scored.max(1);
+        let mut tokens: Vec<PromptToken> = if self.scored == 0 { vec![None] } else { Vec::new() };
+        let mut next = told;
+        for (at, score) in (first_position + 1..).zip(scores) {
+            if at == next {
+                tokens.push(Some(score));
+                next += 1;
+            }
+        }
+        if next > told || self.scored == 0 {
+            self.scored = next;
+            self.sink.send(Event::Prompt(tokens));
+        }
+    }
+
+    pub(super) fn started(&mut self, cached_tokens: usize) {
+        self.place = None;
+        self.sink.send(Event::Started { cached_tokens });
+    }
+
+    /// Tells of a token; `end`: it is the choice's last, and whether it is a stop token. False when the grammar does not take
+    /// it: the request fails.
+    pub(super) fn token(&mut self, index: u32, id: u32, end: Option<End>, rules: &Rules) -> bool {
+        let scores_only = self.submission.max_tokens == 0;
+        let Some(choice) = self.choices.get_mut(index as usize) else { return true };
+        let position = choice.tokens;
+        let score = choice.drawn.remove(&position).filter(|score| score.id == id);
+        choice.tokens += 1;
+        if choice.done {
+            return true;
+        }
+        let finish = end.map(|end| match end {
+            End::Stop if !self.submission.sampling.ignore_eos && rules.end_tokens.contains(&id) => {
+                Finish::EndOfSequence
+            }
+            End::Stop => Finish::StopToken(id),
+            End::Length => Finish::Length,
+        });
+        choice.done = finish.is_some();
+        if let (None, Some(matcher)) = (finish, &mut choice.matcher)
+            && let Err(message) = matcher.accept(id)
+        {
+            self.failure.get_or_insert(Failure::Grammar(message));
+            return false;
+        }
+        if self.submission.prompt_logprobs.is_some() && self.scored == 0 {
+            // A prompt of one token.
+            self.scored = 1;
+            self.sink.send(Event::Prompt(vec![None]));
+        }
+        if scores_only {
+            (0..self.submission.n).for_each(|choice| {
+                self.sink.send(Event::Finished { choice, finish: Finish::Length });
+            });
+            return true;
+        }
+        choice.seen.add(id, true);
+        let token = score.unwrap_or(TokenScore { id, logprob: f32::NEG_INFINITY, top: Vec::new() });
+        self.sink.send(Event::Token { choice: index, token, finish });
+        true
+    }
+
+    /// The end, when it is not that of all choices.
+    pub(super) fn fail(mut self, failure: Failure) {
+        let failure = self.failure.take().unwrap_or(failure);
+        self.sink.send(Event::Failed(failure));
+    }
+
+    /// Why it will end, unless something is known already.
+    pub(super) fn explain(&mut self, failure: Failure) {
+        self.failure.get_or_insert(failure);
+    }
+
+    /// What is known to have gone wrong.
+    pub(super) fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
+    }
+}
+
+/// How a choice ends with a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// It is a stop token.
+    Stop,
+    /// No more are wanted.
+    Length,
+}
+
+/// One bit for each id that may be drawn; none when all may.
+fn mask(allowed: &[u32], vocab: usize) -> Option<Arc<[u32]>> {
+    if allowed.is_empty() {
+        return None;
+    }
+    let mut words = vec![0; vocab.div_ceil(32)];
+    for id in allowed {
+        if let Some(word) = words.get_mut(*id as usize / 32) {
+            *word |= 1 << (id % 32);
+        }
+    }
+    Some(words.into())
+}
+
+impl Rules {
+    pub(super) fn new(model: &ModelInfo, end_tokens: Vec<u32>, padding: Vec<u32>) -> Self {
+        Self { end_tokens, padding: padding.into(), vocab_size: model.vocab_size }
+    }
+}

@@ -1,0 +1,440 @@
+//! The step loop: what happens goes to the scheduler, its plans to the device, its news to the clients.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::iter::Peekable;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use longhaul_backend::{RowError, SequenceInputs};
+use longhaul_engine::{BatchResults, BatchStep, ScoreRequest};
+use longhaul_scheduler as scheduler;
+use longhaul_scheduler::{
+    FinishReason, Outcome, RequestId, SampleResult, Scheduler, SequenceId, StepPlan, StepResults, Update,
+};
+
+use super::device::{Done, Order};
+use super::request::{End, Rules, Running};
+use super::status::Status;
+use super::{Message, New};
+use crate::serving::{Failure, STEP_ROWS, TokenScore};
+
+/// How often deadlines are looked at while nothing else happens.
+const TICK: Duration = Duration::from_millis(20);
+
+/// After so many failed steps in a row the device is taken for lost.
+const FAILURES: usize = 3;
+
+pub(super) struct StepLoop {
+    pub(super) scheduler: Scheduler,
+    pub(super) inbox: Receiver<Message>,
+    /// `None` once the device is lost.
+    pub(super) device: Option<Sender<Order>>,
+    pub(super) status: Arc<Status>,
+    pub(super) rules: Rules,
+    pub(super) epoch: Instant,
+    /// Hears why nothing is served any more.
+    pub(super) lost: Box<dyn Fn(&str) + Send>,
+    requests: BTreeMap<RequestId, Running>,
+    in_flight: VecDeque<Flight>,
+    events: Vec<scheduler::Event>,
+    failures: usize,
+    is_closed: bool,
+}
+
+/// What is to be known of a step once its results are there.
+struct Flight {
+    /// For each sample of the plan: whose, its place, its draw, its scores.
+    samples: Vec<Sample>,
+    /// Prompt tokens that are scored.
+    scored: Vec<ScoredRows>,
+}
+
+/// Rows of a prompt whose next tokens are scored.
+struct ScoredRows {
+    request: RequestId,
+    /// Position of the first row.
+    first: usize,
+    /// The next token of each, and the index of its scores.
+    tokens: Vec<(u32, usize)>,
+}
+
+struct Sample {
+    sequence: SequenceId,
+    position: usize,
+    draw: usize,
+    score: Option<usize>,
+}
+
+impl StepLoop {
+    pub(super) fn new(
+        scheduler: Scheduler,
+        inbox: Receiver<Message>,
+        device: Sender<Order>,
+        status: Arc<Status>,
+        rules: Rules,
+        epoch: Instant,
+        lost: Box<dyn Fn(&str) + Send>,
+    ) -> Self {
+        Self {
+            scheduler,
+            inbox,
+            device: Some(device),
+            status,
+            rules,
+            epoch,
+            lost,
+            requests: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            events: Vec::new(),
+            failures: 0,
+            is_closed: false,
+        }
+    }
+
+    /// Runs until the server is dropped.
+    pub(super) fn run(mut self) {
+        while !self.is_closed {
+            self.listen();
+            // With two steps in flight, the next one is planned at once.
+            while let Some(plan) = self.advance() {
+                self.send(plan);
+            }
+        }
+        for (_, request) in std::mem::take(&mut self.requests) {
+            request.fail(Failure::Drained);
+        }
+    }
+
+    /// Waits for something to happen, and takes all of it.
+    fn listen(&mut self) {
+        let is_idle = self.requests.is_empty() && self.in_flight.is_empty() && self.events.is_empty();
+        let first = match (is_idle, self.events.is_empty()) {
+            (true, _) => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            (false, true) => self.inbox.recv_timeout(TICK),
+            (false, false) => self.inbox.recv_timeout(Duration::ZERO),
+        };
+        match first {
+            Ok(message) => self.hear(message),
+            Err(RecvTimeoutError::Timeout) => return,
+            Err(RecvTimeoutError::Disconnected) => {
+                self.is_closed = true;
+                return;
+            }
+        }
+        while let Ok(message) = self.inbox.try_recv() {
+            self.hear(message);
+        }
+    }
+
+    fn hear(&mut self, message: Message) {
+        match message {
+            Message::Submit(new) => self.submit(*new),
+            Message::Look(id) => self.look(id),
+            Message::Done(done) => self.done(done),
+            Message::Abort => self.events.push(scheduler::Event::Stop),
+            Message::Close => self.is_closed = true,
+        }
+    }
+
+    fn submit(&mut self, new: New) {
+        let New { id, key, priority, submission, sink, place } = new;
+        let scored = submission.prompt_logprobs.is_some();
+        let scores_only = submission.max_tokens == 0;
+        let request = Running::new(submission, sink, place, &self.rules);
+        let submission = request.submission();
+        let mut prompt = submission.prompt.to_vec();
+        if scores_only {
+            // The last token's row would only draw.
+            prompt.pop();
+        }
+        let since = |at: Instant| at.saturating_duration_since(self.epoch);
+        let plain = !request.looks_back();
+        let submit = scheduler::Request {
+            bytes: prompt.len() * size_of::<u32>(),
+            prompt,
+            max_tokens: submission.max_tokens.max(1),
+            choices: if scores_only { 1 } else { submission.n as usize },
+            stop_tokens: request.stop_ids().to_vec(),
+            priority,
+            deadline: submission.deadline.map(since),
+            cache: scheduler::CacheScope::Key,
+            cache_salt: submission.cache_salt.as_deref().unwrap_or_default().as_bytes().to_vec(),
+            run_ahead: plain,
+            scored,
+            ..scheduler::Request::new(id, key, Vec::new(), 1)
+        };
+        self.requests.insert(id, request);
+        self.events.push(scheduler::Event::Submit(submit));
+    }
+
+    /// A client left, or stopped a choice.
+    fn look(&mut self, id: RequestId) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        if request.is_cancelled() {
+            self.events.push(scheduler::Event::Cancel(id));
+            return;
+        }
+        let finish = |choice| scheduler::Event::Finish {
+            sequence: SequenceId { request: id, choice },
+            reason: FinishReason::Stop,
+        };
+        self.events.extend(request.newly_stopped().into_iter().map(finish));
+    }
+
+    fn done(&mut self, done: Done) {
+        let Some(flight) = self.in_flight.pop_front() else { return };
+        match done.result {
+            Ok(results) => {
+                self.failures = 0;
+                let samples = self.take(flight, results);
+                let results = StepResults { step: done.id, samples };
+                self.events.push(scheduler::Event::Results(results));
+            }
+            Err(error) => {
+                self.failures += 1;
+                let reason = error.to_string();
+                eprintln!("a step failed: {reason}");
+                for id in flight.samples.iter().map(|sample| sample.sequence.request) {
+                    if let Some(request) = self.requests.get_mut(&id) {
+                        request.explain(Failure::Engine(reason.clone()));
+                    }
+                }
+                if error.survived && self.failures < FAILURES {
+                    self.events.push(scheduler::Event::StepFailed(done.id));
+                } else {
+                    self.lose(&reason);
+                }
+            }
+        }
+    }
+
+    /// Nothing is served any more.
+    fn lose(&mut self, reason: &str) {
+        self.status.die(reason);
+        self.device = None;
+        self.in_flight.clear();
+        for request in self.requests.values_mut() {
+            request.explain(Failure::Engine(reason.to_owned()));
+        }
+        self.events.push(scheduler::Event::EngineLost);
+        (self.lost)(reason);
+    }
+
+    /// Hands scores to their requests; the outcome of each sample.
+    fn take(&mut self, flight: Flight, results: BatchResults) -> Vec<SampleResult> {
+        let BatchResults { draws, mut scores } = results;
+        for ScoredRows { request, first, tokens } in flight.scored {
+            let Some(request) = self.requests.get_mut(&request) else { continue };
+            let score = |(id, index): (u32, usize)| {
+                let scores = scores.get_mut(index).map(std::mem::take).unwrap_or_default();
+                TokenScore { id, logprob: scores.logprob.unwrap_or(f32::NEG_INFINITY), top: scores.top }
+            };
+            request.scored(first, tokens.into_iter().map(score).collect());
+        }
+        let mut outcomes = Vec::with_capacity(flight.samples.len());
+        for Sample { sequence, position, draw, score } in flight.samples {
+            let request = self.requests.get_mut(&sequence.request);
+            outcomes.push(match draws.get(draw) {
+                Some(Ok(sampled)) => {
+                    if let Some(request) = request {
+                        let top = score.and_then(|index| scores.get_mut(index)).map(std::mem::take);
+                        let top = top.unwrap_or_default().top;
+                        let token = TokenScore { id: sampled.id, logprob: sampled.logprob, top };
+                        request.drawn(sequence.choice, position, token);
+                    }
+                    SampleResult::Token(sampled.id)
+                }
+                Some(Err(RowError::NotFinite)) => SampleResult::NotFinite,
+                Some(Err(RowError::NothingAllowed)) | None => {
+                    if let Some(request) = request {
+                        request.nothing_allowed();
+                    }
+                    SampleResult::Failed
+                }
+            });
+        }
+        outcomes
+    }
+
+    /// Lets the scheduler take what has happened, and tells its news.
+    fn advance(&mut self) -> Option<StepPlan> {
+        let now = self.epoch.elapsed();
+        let step = match self.scheduler.step(now, self.events.drain(..)) {
+            Ok(step) => step,
+            Err(error) => {
+                self.lose(&format!("the step loop lost count: {error}"));
+                // What the scheduler does with the loss it does without an error.
+                self.scheduler.step(now, self.events.drain(..)).unwrap_or_default()
+            }
+        };
+        let mut updates = step.updates.into_iter().peekable();
+        while let Some(update) = updates.next() {
+            self.tell(update, &mut updates);
+        }
+        self.publish();
+        step.plan
+    }
+
+    fn tell(&mut self, update: Update, rest: &mut Peekable<impl Iterator<Item = Update>>) {
+        match update {
+            Update::Started { id, cached_tokens } => {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.started(cached_tokens);
+                }
+            }
+            Update::Token { sequence, token } => {
+                let is_last = matches!(rest.peek(), Some(Update::ChoiceFinished {
+                    sequence: of, reason: FinishReason::Length, stop_token: None,
+                }) if *of == sequence);
+                self.token(sequence, token, is_last.then_some(End::Length));
+            }
+            Update::ChoiceFinished { sequence, stop_token: Some(token), .. } => {
+                self.token(sequence, token, Some(End::Stop));
+            }
+            Update::ChoiceFinished { .. } => {}
+            Update::Finished { id, outcome, refusal, .. } => {
+                let Some(request) = self.requests.remove(&id) else { return };
+                let refusal = refusal.map(|refusal| refusal.to_string());
+                match outcome {
+                    Outcome::Complete(_) => {}
+                    Outcome::ClientGone => {
+                        // It may be gone because it failed here.
+                        if let Some(failure) = request.failure().cloned() {
+                            request.fail(failure);
+                        }
+                    }
+                    Outcome::Deadline => request.fail(Failure::Deadline),
+                    Outcome::Drained => request.fail(Failure::Drained),
+                    Outcome::NumericError => request.fail(Failure::Numeric),
+                    Outcome::EngineError | Outcome::ShedKey | Outcome::ShedEngine | Outcome::Invalid => {
+                        let reason = refusal.unwrap_or_else(|| "the step it was in failed".into());
+                        request.fail(Failure::Engine(reason));
+                    }
+                }
+            }
+        }
+    }
+
+    fn token(&mut self, sequence: SequenceId, token: u32, end: Option<End>) {
+        let Some(request) = self.requests.get_mut(&sequence.request) else { return };
+        if !request.token(sequence.choice, token, end, &self.rules) || request.is_cancelled() {
+            self.events.push(scheduler::Event::Cancel(sequence.request));
+        }
+    }
+
+    /// Sends a plan to the device.
+    fn send(&mut self, plan: StepPlan) {
+        let rows = plan.rows() as u64;
+        let (order, flight) = self.order(plan);
+        self.in_flight.push_back(flight);
+        self.status.update(|snapshot| {
+            snapshot.steps += 1;
+            snapshot.step_rows_sum += rows;
+            let bucket = STEP_ROWS.iter().position(|most| rows <= *most).unwrap_or(STEP_ROWS.len());
+            if let Some(count) = snapshot.step_rows.get_mut(bucket) {
+                *count += 1;
+            }
+        });
+        if self.device.as_ref().is_none_or(|device| device.send(order).is_err()) {
+            self.lose("the device's thread has ended");
+        }
+    }
+
+    /// A plan as the device takes it.
+    fn order(&mut self, plan: StepPlan) -> (Order, Flight) {
+        let mut step = BatchStep {
+            zero: plan.scrub,
+            copies: plan.copies.iter().map(|copy| (copy.source, copy.destination)).collect(),
+            ids: plan.ids,
+            ..BatchStep::default()
+        };
+        let mut flight = Flight { samples: Vec::with_capacity(plan.samples.len()), scored: Vec::new() };
+        let mut samples = plan.logit_rows.iter().zip(&plan.samples).peekable();
+        let mut first = 0;
+        for sequence in plan.sequences {
+            let rows = first..first + sequence.rows;
+            let mut scored = Vec::new();
+            let first_position = sequence.kv_len - sequence.rows;
+            let mut first_scored = None;
+            for (row, position) in rows.clone().zip(first_position..) {
+                let sample = samples.next_if(|(at, _)| **at == row).map(|(_, sample)| sample);
+                let request = self.requests.get_mut(&sequence.id.request);
+                let to_score = match &request {
+                    Some(request) if sequence.scored => request.to_score(position),
+                    _ => None,
+                };
+                if sample.is_none() && to_score.is_none() {
+                    continue;
+                }
+                let index = step.logit_rows.len();
+                step.logit_rows.push(row);
+                if let Some((id, top)) = to_score {
+                    first_scored.get_or_insert(position);
+                    scored.push((id, step.scores.len()));
+                    step.scores.push(ScoreRequest { row: index, id: Some(id), top });
+                }
+                let draw = match (sample, request) {
+                    (Some(sample), Some(request)) => {
+                        let (draw, goes_on) = request.draw(sequence.id.choice, sample.position);
+                        if !goes_on {
+                            self.events.push(scheduler::Event::Cancel(sequence.id.request));
+                        }
+                        let top = request.top_logprobs();
+                        let score = (top > 0).then_some(step.scores.len());
+                        if score.is_some() {
+                            step.scores.push(ScoreRequest { row: index, id: None, top });
+                        }
+                        flight.samples.push(Sample {
+                            sequence: sequence.id,
+                            position: sample.position,
+                            draw: index,
+                            score,
+                        });
+                        draw
+                    }
+                    (Some(sample), None) => {
+                        flight.samples.push(Sample {
+                            sequence: sequence.id,
+                            position: sample.position,
+                            draw: index,
+                            score: None,
+                        });
+                        Default::default()
+                    }
+                    (None, _) => Default::default(),
+                };
+                step.draws.push(draw);
+            }
+            if let Some(position) = first_scored {
+                flight.scored.push(ScoredRows {
+                    request: sequence.id.request,
+                    first: position,
+                    tokens: scored,
+                });
+            }
+            first = rows.end;
+            step.sequences.push(SequenceInputs {
+                rows: sequence.rows,
+                kv_len: sequence.kv_len,
+                block_table: sequence.block_table,
+            });
+        }
+        let samples = flight.samples.iter().map(|sample| sample.draw).collect();
+        (Order { id: plan.step, step, pending: plan.pending, samples }, flight)
+    }
+
+    fn publish(&self) {
+        let now = self.scheduler.snapshot();
+        self.status.update(|snapshot| {
+            snapshot.running = now.running + now.suspended;
+            snapshot.waiting = now.waiting_requests;
+            snapshot.waiting_tokens = now.waiting_tokens;
+            let held = now.blocks - now.blocks_available.min(now.blocks);
+            snapshot.kv_cache_usage = held as f64 / now.blocks.max(1) as f64;
+            snapshot.preemptions = now.preemptions;
+            snapshot.prefix_queries = now.cache_queries;
+            snapshot.prefix_hits = now.cache_hits;
+        });
+    }
+}
