@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use crate::ngram::NgramConfig;
+
 /// Bounds of a queue of requests that were not started yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueLimits {
@@ -46,6 +48,8 @@ pub struct Config {
     pub max_logit_rows: usize,
     /// Most prefill rows of scored requests in a step, of all of them together: the logits of each are wanted.
     pub max_scored_rows: usize,
+    /// How tokens are drafted for the requests that want it ([`crate::Request::speculate`]); none are without.
+    pub speculation: Option<NgramConfig>,
     /// Steps that may be planned before the results of the first are known: 1, or 2 to plan a step while another runs.
     pub max_in_flight: usize,
     /// Blocks that stay available when a request is admitted beside others. At least one per running sequence does in any
@@ -90,6 +94,7 @@ impl Config {
             max_mixed_prefill_rows: 512,
             max_logit_rows: usize::MAX,
             max_scored_rows: 32,
+            speculation: None,
             max_in_flight: 1,
             watermark_blocks: blocks / 100,
             priority_levels: 8,
@@ -173,6 +178,9 @@ impl Config {
                 ),
             );
         }
+        if let Some(speculation) = &self.speculation {
+            speculation.check()?;
+        }
         if !(1..=2).contains(&self.max_in_flight) {
             return fail("max_in_flight", format!("is {}; must be 1 or 2", self.max_in_flight));
         }
@@ -207,15 +215,29 @@ mod tests {
         assert_eq!(config.blocks_for(17), 2);
     }
 
+    fn ngram(tokens: usize, min: usize, max: usize) -> Option<NgramConfig> {
+        let (num_speculative_tokens, prompt_lookup_min, prompt_lookup_max) = (tokens, min, max);
+        Some(NgramConfig { num_speculative_tokens, prompt_lookup_max, prompt_lookup_min })
+    }
+
     #[test]
     fn a_wrong_field_is_named() {
         type Break = fn(&mut Config);
-        let cases: [(Break, &str); 10] = [
+        let cases: [(Break, &str); 13] = [
             (|c| c.blocks = 0, "blocks must be at least 1"),
             (|c| c.block_size = 0, "block_size must be"),
             (|c| c.max_step_rows = 256, "max_step_rows is 256"),
             (|c| c.max_logit_rows = 255, "max_logit_rows is 255; must be at least max_running (256)"),
             (|c| c.max_scored_rows = 0, "max_scored_rows must be"),
+            (
+                |c| c.speculation = ngram(17, 2, 3),
+                "speculation.num_speculative_tokens is 17; must be 1 to 16",
+            ),
+            (|c| c.speculation = ngram(4, 0, 3), "speculation.prompt_lookup_min must be at least 1"),
+            (
+                |c| c.speculation = ngram(4, 3, 2),
+                "prompt_lookup_max is 2; must be at least prompt_lookup_min (3)",
+            ),
             (|c| c.max_in_flight = 3, "max_in_flight is 3"),
             (|c| c.priority_levels = 0, "priority_levels must"),
             (|c| c.aging_interval = Duration::ZERO, "aging_interval must"),

@@ -29,6 +29,8 @@ pub struct PlannedSequence {
     pub id: SequenceId,
     /// Rows; they follow each other in [`StepPlan::ids`].
     pub rows: usize,
+    /// Of these, the last ones that hold drafted tokens: guesses. A sample is drawn from each, and from the row before them.
+    pub drafts: usize,
     /// Tokens in the KV cache once the step has written its rows. The first row is at position `kv_len - rows`.
     pub kv_len: usize,
     /// KV blocks in order of position, as many as `kv_len` tokens need.
@@ -57,13 +59,13 @@ pub struct StepPlan {
     pub scrub: Vec<u32>,
     /// Blocks to copy. No destination is another copy's source or destination.
     pub copies: Vec<BlockCopy>,
-    /// Token ids, `[rows]`.
+    /// Token ids, `[rows]`; drafted ones, too.
     pub ids: Vec<u32>,
     /// The rows whose id is not known yet, ascending; none unless two steps may be in flight.
     pub pending: Vec<PendingId>,
     /// The sequences in row order: those that decode, then prefill chunks.
     pub sequences: Vec<PlannedSequence>,
-    /// Rows that a token is drawn from, ascending; each is the last row of its sequence.
+    /// Rows that a token is drawn from, ascending; those of a sequence are its last rows, one more than its drafts.
     pub logit_rows: Vec<usize>,
     /// What to draw, one for each of `logit_rows`.
     pub samples: Vec<PlannedSample>,
@@ -76,7 +78,8 @@ impl StepPlan {
     }
 }
 
-/// What became of a [`PlannedSample`].
+/// What became of a [`PlannedSample`]. Where a sequence has several in a step, those behind the first token that is not the one
+/// drafted for the next row are of no effect on what is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SampleResult {
     /// The token drawn. It says that all logits of the row were finite.

@@ -5,28 +5,31 @@ use std::collections::BTreeSet;
 
 use crate::plan::{BlockCopy, PendingId, PlannedSample, PlannedSequence, StepId, StepPlan};
 use crate::request::{SequenceId, Update};
-use crate::scheduler::{Drawing, InFlight, Scheduler};
+use crate::results::{Drawing, InFlight};
+use crate::scheduler::Scheduler;
 use crate::sequence::Phase;
 
 /// A plan in the making.
 #[derive(Default)]
-struct Draft {
+pub(crate) struct Outline {
     plan: StepPlan,
     requests: BTreeSet<(u64, crate::RequestId)>,
     drawings: Vec<Drawing>,
     /// Sources of copies: held until the plan is complete, so that none becomes a destination.
     pins: Vec<u32>,
     /// Whether a sequence lost its blocks: then nobody is admitted.
-    preempted: bool,
+    pub(crate) preempted: bool,
+    /// Whether somebody waits for blocks.
+    pub(crate) wanting: bool,
 }
 
 /// What a sequence has to prefill.
 #[derive(Clone, Copy)]
-struct Prefill {
+pub(crate) struct Prefill {
     id: SequenceId,
-    rows: usize,
+    pub(crate) rows: usize,
     /// Whether the logits of all these rows are wanted.
-    scored: bool,
+    pub(crate) scored: bool,
 }
 
 /// Rows of a step that prefills may take.
@@ -59,12 +62,17 @@ impl Scheduler {
         if self.in_flight.len() >= self.config.max_in_flight {
             return None;
         }
-        let mut draft = Draft::default();
-        draft.plan.step = StepId(self.next_step);
+        let mut outline = Outline::default();
+        outline.plan.step = StepId(self.next_step);
         self.sort_running();
-        self.plan_decode(&mut draft);
-        self.plan_prefill(&mut draft);
-        let Draft { mut plan, requests, drawings, pins, .. } = draft;
+        let decoding = self.plan_decode(&mut outline);
+        let prefills = self.plan_prefill(&decoding, &mut outline);
+        let drafts = self.plan_drafts(&decoding, &prefills, &outline);
+        for (id, drafts) in decoding.into_iter().zip(drafts) {
+            self.push_rows(id, 1, drafts, &mut outline);
+        }
+        prefills.into_iter().for_each(|p| self.push_rows(p.id, p.rows, Vec::new(), &mut outline));
+        let Outline { mut plan, requests, drawings, pins, .. } = outline;
         pins.into_iter().for_each(|block| self.blocks.release(block));
         if plan.ids.is_empty() {
             return None;
@@ -81,31 +89,41 @@ impl Scheduler {
         self.running = running;
     }
 
-    /// A row for every sequence that needs just one to draw its next token, the first in rank first. Whoever finds no block takes
-    /// those of the last in rank, and gives up its own if it is that itself.
-    fn plan_decode(&mut self, draft: &mut Draft) {
+    /// Every sequence that needs just one row to draw its next token, the first in rank first. Whoever finds no block takes those of
+    /// the last in rank, and gives up its own if it is that itself. Their keys are charged for the token.
+    fn plan_decode(&mut self, outline: &mut Outline) -> Vec<SequenceId> {
+        let mut decoding = Vec::new();
         let mut next = 0;
         while let Some(&id) = self.running.get(next) {
             next += 1;
             if self.prefill(id).is_none_or(|prefill| prefill.rows != 1 || prefill.scored) {
                 continue;
             }
-            while !self.make_writable(id, draft) {
-                let Some(&victim) = self.running.last() else { return };
-                self.preempt(victim, draft);
+            while !self.make_writable(id, outline) {
+                let Some(&victim) = self.running.last() else { return decoding };
+                self.preempt(victim, outline);
                 if victim == id {
                     break;
                 }
             }
             if self.running.get(next - 1) == Some(&id) {
-                self.push_rows(id, 1, draft);
+                self.charge_token(id);
+                decoding.push(id);
             }
+        }
+        decoding
+    }
+
+    /// Charges a key for a token that is drawn.
+    fn charge_token(&mut self, id: SequenceId) {
+        if let Some(live) = self.live.get(&id.request) {
+            self.queue.charge(live.key, self.config.output_weight);
         }
     }
 
-    fn preempt(&mut self, id: SequenceId, draft: &mut Draft) {
+    fn preempt(&mut self, id: SequenceId, outline: &mut Outline) {
         self.suspend_or_finish(id, Phase::Suspended);
-        draft.preempted = true;
+        outline.preempted = true;
         self.counts.preemptions += 1;
         if let Some(sequence) =
             self.live.get_mut(&id.request).and_then(|l| l.sequences.get_mut(id.choice as usize))
@@ -116,12 +134,12 @@ impl Scheduler {
 
     /// Gives a sequence a block of its own for its next position: a new one after a full block, a copy of one that others
     /// read. False when no block is available.
-    fn make_writable(&mut self, id: SequenceId, draft: &mut Draft) -> bool {
+    fn make_writable(&mut self, id: SequenceId, outline: &mut Outline) -> bool {
         let Some(live) = self.live.get_mut(&id.request) else { return false };
         let Some(sequence) = live.sequences.get_mut(id.choice as usize) else { return false };
         let index = sequence.planned / self.config.block_size;
         match sequence.blocks.get_mut(index) {
-            Some(&mut block) if self.blocks.is_writable(block, pinned(&draft.pins, block)) => true,
+            Some(&mut block) if self.blocks.is_writable(block, pinned(&outline.pins, block)) => true,
             held => {
                 let Some(&[new]) = self.blocks.allocate(1).as_deref() else { return false };
                 match held {
@@ -129,8 +147,8 @@ impl Scheduler {
                         // A step in flight may be writing to it, behind what is known to be finite.
                         self.blocks.soil(*block);
                         self.blocks.soil(new);
-                        draft.plan.copies.push(BlockCopy { source: *block, destination: new });
-                        draft.pins.push(std::mem::replace(block, new));
+                        outline.plan.copies.push(BlockCopy { source: *block, destination: new });
+                        outline.pins.push(std::mem::replace(block, new));
                     }
                     None => sequence.blocks.push(new),
                 }
@@ -141,38 +159,45 @@ impl Scheduler {
 
     /// Prefill chunks, and the admission of sequences as long as their chunks have room. Half of the rows are for the first in
     /// rank, the other half for the keys that were served least, short prompts first; what one half leaves the other takes. Of the
-    /// rows that may be scored it is the same.
-    fn plan_prefill(&mut self, draft: &mut Draft) {
-        let decoding = draft.plan.ids.len();
-        let in_step: BTreeSet<SequenceId> = draft.plan.sequences.iter().map(|s| s.id).collect();
+    /// rows that may be scored it is the same. Keys are charged for tokens that are drawn at once.
+    fn plan_prefill(&mut self, decoding: &[SequenceId], outline: &mut Outline) -> Vec<Prefill> {
+        let in_step: BTreeSet<&SequenceId> = decoding.iter().collect();
         let running = self.running.iter().filter(|id| !in_step.contains(id));
         let mut prefills: Vec<Prefill> = running.filter_map(|&id| self.prefill(id)).collect();
         loop {
             prefills.sort_by_cached_key(|prefill| self.rank(prefill.id));
-            let (_, mut room) = self.room(decoding, &prefills);
+            let (_, mut room) = self.room(decoding.len(), &prefills);
             for prefill in prefills.iter().skip(1) {
                 room.take(prefill, 1);
             }
-            if draft.preempted || room.rows == 0 || self.running.len() >= self.config.max_running {
+            if outline.preempted || room.rows == 0 || self.running.len() >= self.config.max_running {
                 break;
             }
-            match self.candidate(room.scored > 0).filter(|&id| self.admit(id)) {
-                Some(id) => prefills.extend(self.prefill(id)),
-                None => break,
+            let Some(id) = self.candidate(room.scored > 0) else { break };
+            if !self.admit(id) {
+                outline.wanting = true;
+                break;
             }
+            prefills.extend(self.prefill(id));
         }
-        let (half, mut room) = self.room(decoding, &prefills);
-        let Some((&first, others)) = prefills.split_first() else { return };
-        let mut others = others.to_vec();
+        let (half, mut room) = self.room(decoding.len(), &prefills);
+        let Some((first, others)) = prefills.split_first_mut() else { return prefills };
         others.sort_by_cached_key(|&Prefill { id, rows, .. }| {
             let (class, started, choice) = self.rank(id);
             let counter = self.live.get(&id.request).map_or(0, |l| self.queue.counter(l.key));
             (class, counter, rows, started, choice)
         });
-        let chunks: Vec<usize> = others.iter().map(|prefill| room.take(prefill, 1)).collect();
-        let rest = room.take(&Prefill { rows: first.rows - half, ..first }, 1);
-        self.push_rows(first.id, half + rest, draft);
-        others.iter().zip(chunks).for_each(|(prefill, rows)| self.push_rows(prefill.id, rows, draft));
+        let mut chunks: Vec<Prefill> =
+            others.iter().map(|p| Prefill { rows: room.take(p, 1), ..*p }).collect();
+        let rest = room.take(&Prefill { rows: first.rows - half, ..*first }, 1);
+        chunks.insert(0, Prefill { rows: half + rest, ..*first });
+        for (chunk, whole) in chunks.iter().zip(&prefills) {
+            if chunk.rows == whole.rows {
+                self.charge_token(chunk.id);
+            }
+        }
+        chunks.retain(|chunk| chunk.rows > 0);
+        chunks
     }
 
     /// What a sequence has to prefill, if anything.
@@ -273,42 +298,43 @@ impl Scheduler {
         true
     }
 
-    /// Appends the next `rows` rows of a sequence to the plan, and charges its key for the token that they draw.
-    fn push_rows(&mut self, id: SequenceId, rows: usize, draft: &mut Draft) {
+    /// Appends the next `rows` rows of a sequence to the plan, and rows of tokens that were drafted to follow them.
+    fn push_rows(&mut self, id: SequenceId, rows: usize, drafts: Vec<u32>, outline: &mut Outline) {
         let Some(live) = self.live.get_mut(&id.request) else { return };
         let Some(sequence) = live.sequences.get_mut(id.choice as usize) else { return };
-        if rows == 0 {
-            return;
-        }
-        let plan = &mut draft.plan;
-        let kv_len = sequence.planned + rows;
-        for position in sequence.planned..kv_len {
+        let plan = &mut outline.plan;
+        let end = sequence.planned + rows;
+        for position in sequence.planned..end {
             let token = sequence.token(position);
             if token.is_none() {
                 plan.pending.push(PendingId { row: plan.ids.len(), sample: sequence.last_sample });
             }
             plan.ids.push(token.unwrap_or(0));
         }
-        let draws = kv_len == sequence.end(live.run_ahead);
+        plan.ids.extend(&drafts);
+        let draws = end == sequence.end(live.run_ahead);
         let scored = sequence.scores();
+        let kv_len = end + drafts.len();
         sequence.planned = kv_len;
         let blocks = self.config.blocks_for(kv_len);
         plan.sequences.push(PlannedSequence {
             id,
-            rows,
+            rows: rows + drafts.len(),
+            drafts: drafts.len(),
             kv_len,
             block_table: sequence.blocks.iter().take(blocks).copied().collect(),
             scored,
         });
-        draft.requests.insert((live.arrival, id.request));
+        outline.requests.insert((live.arrival, id.request));
         if draws {
-            let position = sequence.output.len() + sequence.in_flight;
-            sequence.last_sample = plan.samples.len();
-            sequence.in_flight += 1;
-            self.queue.charge(live.key, self.config.output_weight);
-            plan.logit_rows.push(plan.ids.len() - 1);
-            plan.samples.push(PlannedSample { sequence: id, position });
-            draft.drawings.push(Drawing { id, arrival: live.arrival, stay: sequence.stay, kv_len });
+            let (first, samples) = (sequence.output.len() + sequence.in_flight, 1 + drafts.len());
+            sequence.in_flight += samples;
+            plan.logit_rows.extend(plan.ids.len() - samples..plan.ids.len());
+            plan.samples
+                .extend((first..first + samples).map(|position| PlannedSample { sequence: id, position }));
+            sequence.last_sample = plan.samples.len() - 1;
+            let (arrival, stay) = (live.arrival, sequence.stay);
+            outline.drawings.push(Drawing { id, arrival, stay, kv_len: end, drafts });
         }
     }
 }

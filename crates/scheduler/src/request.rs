@@ -54,6 +54,11 @@ pub struct Request {
     /// [`crate::Config::max_scored_rows`], marked by [`crate::PlannedSequence::scored`]. A preemption before the first token
     /// makes them begin again.
     pub scored: bool,
+    /// Whether tokens may be drafted for it ([`crate::Config::speculation`]); then its rows wait for the host, as if `run_ahead` were
+    /// false. What is drawn from a row must depend on nothing but its logits and its [`crate::PlannedSample::position`]: for requests
+    /// with penalties or grammars this is false, unless the caller counts the drafted tokens before a row among those so far.
+    /// Several tokens of a choice may be told at once: what follows one that ends it by its text is the caller's to drop.
+    pub speculate: bool,
 }
 
 impl Request {
@@ -74,6 +79,7 @@ impl Request {
             bytes,
             run_ahead: true,
             scored: false,
+            speculate: false,
         }
     }
 }

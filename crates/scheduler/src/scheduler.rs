@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use crate::blocks::BlockManager;
 use crate::config::{Config, ConfigError};
-use crate::plan::{ResultsError, SampleResult, StepId, StepPlan, StepResults};
+use crate::ngram::{NgramConfig, NgramIndex};
+use crate::plan::{ResultsError, StepPlan};
 use crate::prefix::{BlockHash, CacheScope, root_hash};
 use crate::queue::{Load, Queue};
 use crate::request::{
     Event, FinishReason, KeyId, Outcome, Refusal, Request, RequestId, SequenceId, Update, Usage,
 };
+use crate::results::InFlight;
 use crate::sequence::{Phase, Sequence};
 
 /// A request that has not ended.
@@ -25,33 +27,17 @@ pub(crate) struct Live {
     pub(crate) started: Option<u64>,
     deadline: Option<Duration>,
     queue_deadline: Option<Duration>,
-    stop_tokens: Vec<u32>,
+    pub(crate) stop_tokens: Vec<u32>,
     pub(crate) run_ahead: bool,
     /// Where its chain of block hashes begins; `None` when it neither uses nor feeds the cache.
     pub(crate) root: Option<BlockHash>,
     pub(crate) load: Load,
     pub(crate) sequences: Vec<Sequence>,
     /// Whether the choices after the first have begun.
-    forked: bool,
+    pub(crate) forked: bool,
     pub(crate) cached_tokens: usize,
-}
-
-/// A sample of a step in flight.
-#[derive(Debug)]
-pub(crate) struct Drawing {
-    pub(crate) id: SequenceId,
-    pub(crate) arrival: u64,
-    pub(crate) stay: u64,
-    pub(crate) kv_len: usize,
-}
-
-/// A step whose results are not known.
-#[derive(Debug)]
-pub(crate) struct InFlight {
-    pub(crate) step: StepId,
-    /// Requests with rows in it, by order of arrival.
-    pub(crate) requests: BTreeSet<(u64, RequestId)>,
-    pub(crate) drawings: Vec<Drawing>,
+    /// The n-grams of the prompt, if drafts are wanted.
+    pub(crate) lookup: Option<NgramIndex>,
 }
 
 /// Whether requests are taken.
@@ -98,10 +84,28 @@ pub struct Snapshot {
     pub cache_queries: u64,
     /// Prompt tokens found there.
     pub cache_hits: u64,
+    /// Times that tokens were drafted, of steps whose results are known.
+    pub drafts: u64,
+    /// Tokens drafted.
+    pub draft_tokens: u64,
+    /// Of these, drawn.
+    pub accepted_tokens: u64,
+    /// Of these, at each place of a draft; places beyond [`NgramConfig::num_speculative_tokens`] count none.
+    pub accepted_per_position: [u64; NgramConfig::MAX_TOKENS],
     /// Requests submitted so far.
     pub received: u64,
     /// Requests ended so far, as in [`Outcome::ALL`]. Their sum and the live ones are `received`.
     pub finished: [u64; Outcome::ALL.len()],
+}
+
+impl Snapshot {
+    /// A draft of `tokens` tokens has come back, and the first `accepted` of them were drawn.
+    pub(crate) fn count_draft(&mut self, tokens: usize, accepted: usize) {
+        self.drafts += 1;
+        self.draft_tokens += tokens as u64;
+        self.accepted_tokens += accepted as u64;
+        self.accepted_per_position.iter_mut().take(accepted).for_each(|count| *count += 1);
+    }
 }
 
 /// Continuous batching over paged KV blocks as a state machine; see the crate's documentation.
@@ -215,9 +219,13 @@ impl Scheduler {
             root_hash(cache_identity, *block_size, &request.cache, key, &request.cache_salt)
         });
         let prompt: Arc<[u32]> = prompt.into();
+        let speculation = self.config.speculation.filter(|_| request.speculate);
+        let secret = &self.config.cache_identity.secret;
+        let lookup = |first| speculation.map(|config| NgramIndex::new(config, secret, first));
         let sequence = |choice| {
             let scored = request.scored && choice == 0;
-            Sequence::new(SequenceId { request: id, choice }, Arc::clone(&prompt), max_tokens, scored)
+            let lookup = lookup(prompt.len());
+            Sequence::new(SequenceId { request: id, choice }, Arc::clone(&prompt), max_tokens, scored, lookup)
         };
         let latest = self.config.max_request_time.map(|time| self.now.saturating_add(time));
         let deadline = [request.deadline, latest].into_iter().flatten().min();
@@ -233,12 +241,13 @@ impl Scheduler {
             deadline,
             queue_deadline,
             stop_tokens: request.stop_tokens,
-            run_ahead: request.run_ahead,
+            run_ahead: request.run_ahead && speculation.is_none(),
             root,
             load,
             sequences: (0..choices as u32).map(sequence).collect(),
             forked: choices == 1,
             cached_tokens: 0,
+            lookup: lookup(0),
         };
         self.live.insert(id, live);
     }
@@ -303,112 +312,6 @@ impl Scheduler {
         }
     }
 
-    fn apply(&mut self, results: StepResults) -> Result<(), ResultsError> {
-        let step = self.check_next(results.step)?;
-        let (got, expected) = (results.samples.len(), step.drawings.len());
-        if got != expected {
-            return Err(ResultsError::WrongCount { step: results.step.0, got, expected });
-        }
-        let drawings = self.in_flight.pop_front().map(|step| step.drawings).unwrap_or_default();
-        for (drawing, result) in drawings.into_iter().zip(results.samples) {
-            self.apply_sample(drawing, result);
-        }
-        Ok(())
-    }
-
-    fn check_next(&self, step: StepId) -> Result<&InFlight, ResultsError> {
-        let next = self.in_flight.front();
-        let wrong = || ResultsError::WrongStep { got: step.0, expected: next.map(|s| s.step) };
-        next.filter(|s| s.step == step).ok_or_else(wrong)
-    }
-
-    fn apply_sample(&mut self, drawing: Drawing, result: SampleResult) {
-        let Drawing { id, arrival, stay, kv_len } = drawing;
-        let Some(live) = self.live.get_mut(&id.request).filter(|l| l.arrival == arrival) else { return };
-        let Some(sequence) = live.sequences.get_mut(id.choice as usize) else { return };
-        sequence.in_flight = sequence.in_flight.saturating_sub(1);
-        if matches!(sequence.phase, Phase::Done(_)) {
-            return;
-        }
-        let token = match result {
-            SampleResult::Token(token) => token,
-            SampleResult::NotFinite => {
-                live.sequences.iter().flat_map(|s| &s.blocks).for_each(|&b| self.blocks.poison(b));
-                return self.end_request(id.request, Outcome::NumericError);
-            }
-            SampleResult::Failed => return self.end_request(id.request, Outcome::EngineError),
-        };
-        if sequence.stay == stay {
-            // Finite logits of a row prove all KV that it has read.
-            sequence.proven = sequence.proven.max(kv_len);
-            let (block_size, first) = (self.config.block_size, sequence.published);
-            let full = sequence.proven / block_size;
-            if let Some(root) = live.root.filter(|_| full > first) {
-                sequence.hash_blocks(root, block_size, full);
-                let named = sequence.blocks.iter().zip(&sequence.hashes).take(full).skip(first);
-                for (&block, &hash) in named {
-                    self.blocks.publish(block, hash);
-                }
-                sequence.published = full;
-            }
-        }
-        if !live.forked {
-            self.fork(id.request);
-        }
-        let Some(live) = self.live.get_mut(&id.request) else { return };
-        let Some(sequence) = live.sequences.get_mut(id.choice as usize) else { return };
-        if live.stop_tokens.contains(&token) {
-            return self.finish_choice(id, FinishReason::Stop, Some(token));
-        }
-        sequence.output.push(token);
-        let complete = sequence.output.len() >= sequence.max_tokens;
-        self.updates.push(Update::Token { sequence: id, token });
-        if complete {
-            self.finish_choice(id, FinishReason::Length, None);
-        }
-    }
-
-    /// Begins the choices after the first: each shares the first one's blocks up to the last token of the prompt, which it
-    /// computes again for its own first draw. Those without a place among the running wait for one.
-    fn fork(&mut self, id: RequestId) {
-        let Some(live) = self.live.get_mut(&id) else { return };
-        live.forked = true;
-        let Some((first, others)) = live.sequences.split_first_mut() else { return };
-        let shared = first.prompt_len() - 1;
-        let table = first.blocks.get(..self.config.blocks_for(shared)).filter(|_| first.proven >= shared);
-        for sequence in others {
-            sequence.hashes.clone_from(&first.hashes);
-            match table {
-                Some(table) if self.running.len() < self.config.max_running && shared > 0 => {
-                    table.iter().for_each(|&block| self.blocks.retain(block));
-                    sequence.blocks = table.to_vec();
-                    sequence.planned = shared;
-                    sequence.proven = shared;
-                    sequence.published = shared / self.config.block_size;
-                    sequence.stay = self.next_stay;
-                    self.next_stay += 1;
-                    sequence.phase = Phase::Running;
-                    self.running.push(sequence.id);
-                }
-                _ => {
-                    sequence.phase = Phase::Suspended;
-                    self.suspended.push(sequence.id);
-                }
-            }
-        }
-    }
-
-    fn fail_step(&mut self, step: StepId) -> Result<(), ResultsError> {
-        self.check_next(step)?;
-        let Some(failed) = self.in_flight.pop_front() else { return Ok(()) };
-        for (arrival, id) in failed.requests {
-            if self.live.get(&id).is_some_and(|l| l.arrival == arrival) {
-                self.end_request(id, Outcome::EngineError);
-            }
-        }
-        Ok(())
-    }
-
     fn finish_by_text(&mut self, id: SequenceId, reason: FinishReason) {
         let Some(live) = self.live.get(&id.request) else { return };
         let sequence = live.sequences.get(id.choice as usize);
@@ -420,7 +323,7 @@ impl Scheduler {
         }
     }
 
-    fn finish_choice(&mut self, id: SequenceId, reason: FinishReason, stop_token: Option<u32>) {
+    pub(crate) fn finish_choice(&mut self, id: SequenceId, reason: FinishReason, stop_token: Option<u32>) {
         self.suspend_or_finish(id, Phase::Done(reason));
         self.updates.push(Update::ChoiceFinished { sequence: id, reason, stop_token });
         let Some(live) = self.live.get(&id.request) else { return };
@@ -446,6 +349,9 @@ impl Scheduler {
         let Some(live) = self.live.get_mut(&id.request) else { return };
         let Some(sequence) = live.sequences.get_mut(id.choice as usize) else { return };
         sequence.phase = phase;
+        if matches!(phase, Phase::Done(_)) {
+            sequence.lookup = None;
+        }
         let (proven, planned) = (sequence.proven, sequence.planned);
         let table = sequence.take_blocks();
         if planned > proven {
@@ -459,7 +365,7 @@ impl Scheduler {
     }
 
     /// The one place where a request ends. Without effect on one that has ended.
-    fn end_request(&mut self, id: RequestId, outcome: Outcome) {
+    pub(crate) fn end_request(&mut self, id: RequestId, outcome: Outcome) {
         let Some(live) = self.live.get(&id) else { return };
         let usage = Usage {
             prompt_tokens: live.load.tokens,

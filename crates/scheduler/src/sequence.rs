@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use crate::ngram::NgramIndex;
 use crate::prefix::{BlockHash, block_hash};
 use crate::request::{FinishReason, SequenceId};
 
@@ -27,6 +28,8 @@ pub(crate) struct Sequence {
     pub(crate) max_tokens: usize,
     /// Whether the logits of all its prompt rows are wanted.
     scored: bool,
+    /// The n-grams that end in its output or right before it, if drafts are wanted.
+    pub(crate) lookup: Option<NgramIndex>,
     /// Blocks it holds, in order of position.
     pub(crate) blocks: Vec<u32>,
     /// Hashes of its leading full blocks, as far as they were needed.
@@ -47,7 +50,13 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(id: SequenceId, prompt: Arc<[u32]>, max_tokens: usize, scored: bool) -> Self {
+    pub(crate) fn new(
+        id: SequenceId,
+        prompt: Arc<[u32]>,
+        max_tokens: usize,
+        scored: bool,
+        lookup: Option<NgramIndex>,
+    ) -> Self {
         Self {
             id,
             phase: Phase::New,
@@ -55,6 +64,7 @@ impl Sequence {
             output: Vec::new(),
             max_tokens,
             scored,
+            lookup,
             blocks: Vec::new(),
             hashes: Vec::new(),
             published: 0,

@@ -117,9 +117,18 @@ impl Harness {
         self.end(id).expect("it has ended").2
     }
 
-    /// Tokens told of a choice.
+    /// How many tokens were told of a choice.
     pub fn told(&self, id: SequenceId) -> usize {
-        self.updates.iter().filter(|u| matches!(u, Update::Token { sequence, .. } if *sequence == id)).count()
+        self.tokens(id).len()
+    }
+
+    /// Tokens told of a choice.
+    pub fn tokens(&self, id: SequenceId) -> Vec<u32> {
+        let tokens = self.updates.iter().filter_map(|u| match u {
+            Update::Token { sequence, token } if *sequence == id => Some(*token),
+            _ => None,
+        });
+        tokens.collect()
     }
 }
 

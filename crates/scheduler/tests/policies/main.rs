@@ -5,3 +5,4 @@ mod blocks;
 mod ends;
 mod fairness;
 mod harness;
+mod speculation;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use longhaul_scheduler::{
-    CacheScope, Config, FinishReason, Outcome, Refusal, Request, RequestId, SequenceId, Update,
+    CacheScope, Config, FinishReason, NgramConfig, Outcome, Refusal, Request, RequestId, SequenceId, Update,
 };
 
 use crate::model::{Oracle, VOCAB};
@@ -89,6 +89,32 @@ impl Ledger {
         };
         self.live.insert(row.request.id);
         self.rows.insert(row.request.id, row);
+    }
+
+    /// How many of the tokens drafted behind all that was told of a sequence it will say.
+    pub fn right_drafts(&self, id: SequenceId, drafts: &[u32]) -> usize {
+        let choice = self.rows.get(&id.request).and_then(|row| row.choices.get(id.choice as usize));
+        let Some(mut oracle) = choice.map(|choice| choice.oracle.clone()) else { return 0 };
+        let right = drafts.iter().take_while(|&&token| {
+            let right = oracle.next() == token;
+            oracle.push(token);
+            right
+        });
+        right.count()
+    }
+
+    /// A sequence's whole draft, by a scan of all that was told of it.
+    pub fn draft(&self, id: SequenceId, config: NgramConfig) -> Vec<u32> {
+        let Some(row) = self.rows.get(&id.request) else { return Vec::new() };
+        let Some(choice) = row.choices.get(id.choice as usize) else { return Vec::new() };
+        let tokens = [row.request.prompt.as_slice(), choice.tokens.as_slice()].concat();
+        let lookup = |size: usize| {
+            let first = tokens.len().checked_sub(size).filter(|&first| first > 0)?;
+            let at = (0..first).rev().find(|&at| tokens[at..at + size] == tokens[first..])?;
+            Some(tokens[at + size..].iter().copied().cycle().take(config.num_speculative_tokens).collect())
+        };
+        let mut sizes = config.prompt_lookup_min..=config.prompt_lookup_max;
+        std::iter::from_fn(|| sizes.next_back()).find_map(lookup).unwrap_or_default()
     }
 
     /// The token at `position` of a sequence, if it was told.

@@ -6,6 +6,7 @@
 //!
 //! A failure names its seed; `SIMULATION_SEED=<seed>` runs that one alone.
 
+mod checks;
 mod ledger;
 mod model;
 mod rng;
@@ -55,6 +56,9 @@ fn check(totals: &Totals) {
     let met = [
         ("cached tokens", totals.cached_tokens),
         ("scored tokens", totals.scored_tokens),
+        ("drafted tokens that were drawn", totals.accepted_tokens),
+        ("drafted tokens that were not", totals.draft_tokens - totals.accepted_tokens),
+        ("hits behind a wrong draft", totals.in_vain),
         ("copies on write", totals.copies),
         ("zeroed blocks", totals.scrubs),
         ("preemptions", totals.preemptions),

@@ -3,9 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use longhaul_backend::{DType, HeadGroups, KvLayout, SequenceInputs, StepInputs};
 use longhaul_scheduler::{
-    CacheIdentity, CacheScope, Config, Event, FinishReason, KeyId, PlannedSequence, QueueLimits, Request,
+    CacheIdentity, CacheScope, Config, Event, FinishReason, KeyId, NgramConfig, QueueLimits, Request,
     RequestId, SampleResult, Scheduler, SequenceId, StepPlan, StepResults,
 };
 
@@ -21,6 +20,10 @@ pub struct Totals {
     pub tokens: u64,
     pub cached_tokens: u64,
     pub scored_tokens: u64,
+    pub draft_tokens: u64,
+    pub accepted_tokens: u64,
+    /// Rows that were not finite, and draws that failed, behind a wrong draft.
+    pub in_vain: u64,
     pub copies: u64,
     pub scrubs: u64,
     pub preemptions: u64,
@@ -40,6 +43,9 @@ impl Totals {
         self.tokens += other.tokens;
         self.cached_tokens += other.cached_tokens;
         self.scored_tokens += other.scored_tokens;
+        self.draft_tokens += other.draft_tokens;
+        self.accepted_tokens += other.accepted_tokens;
+        self.in_vain += other.in_vain;
         self.copies += other.copies;
         self.scrubs += other.scrubs;
         self.preemptions += other.preemptions;
@@ -55,19 +61,19 @@ impl Totals {
 }
 
 /// A step that the device has run and whose end the scheduler has not been told.
-struct Running {
-    plan: StepPlan,
+pub struct Running {
+    pub plan: StepPlan,
     samples: Vec<SampleResult>,
     fails: bool,
 }
 
 pub struct World {
     rng: Rng,
-    config: Config,
-    scheduler: Scheduler,
+    pub config: Config,
+    pub scheduler: Scheduler,
     device: Device,
-    ledger: Ledger,
-    on_device: VecDeque<Running>,
+    pub ledger: Ledger,
+    pub on_device: VecDeque<Running>,
     /// The clock as it reads.
     now: Duration,
     /// The latest that it has read: what the scheduler goes by.
@@ -79,9 +85,11 @@ pub struct World {
     load: usize,
     stopped: bool,
     /// Sequences that decoded in the latest step.
-    decoded: BTreeSet<SequenceId>,
-    preemptions: u64,
-    next_step: u64,
+    pub decoded: BTreeSet<SequenceId>,
+    /// Sequences that were hit behind a wrong draft, and may have to compute anew what was right beside it.
+    pub hit_in_vain: BTreeSet<SequenceId>,
+    pub preemptions: u64,
+    pub next_step: u64,
     totals: Totals,
 }
 
@@ -100,6 +108,11 @@ fn config(rng: &mut Rng) -> Config {
         max_mixed_prefill_rows: rng.range(1, 24),
         max_logit_rows: if rng.permille(500) { max_running + rng.below(12) } else { usize::MAX },
         max_scored_rows: rng.range(1, 16),
+        speculation: rng.permille(700).then(|| {
+            let min = rng.range(1, 2);
+            let (num_speculative_tokens, prompt_lookup_max) = (rng.range(1, 6), min + rng.below(3));
+            NgramConfig { num_speculative_tokens, prompt_lookup_max, prompt_lookup_min: min }
+        }),
         max_in_flight: rng.range(1, 2),
         watermark_blocks: rng.below(4),
         priority_levels: rng.range(1, 4) as u8,
@@ -114,40 +127,6 @@ fn config(rng: &mut Rng) -> Config {
         cache_identity: CacheIdentity { secret: [rng.below(256) as u8; 32], ..CacheIdentity::default() },
         ..Config::new(blocks, block_size, rng.range(24, 120).min(blocks * block_size * 5 / 4))
     }
-}
-
-/// Whether a token is drawn for a sequence.
-fn draws_in(plan: &StepPlan, sequence: &PlannedSequence) -> bool {
-    plan.samples.iter().any(|sample| sample.sequence == sequence.id)
-}
-
-/// A plan is what a device takes: it becomes step inputs as it is, and they are in order.
-fn check_inputs(plan: &StepPlan, config: &Config) -> Result<(), String> {
-    let layout = KvLayout {
-        layers: 1,
-        query_heads: 1,
-        kv_heads: 1,
-        groups: HeadGroups::Even,
-        head_dim: 1,
-        block_size: config.block_size,
-        blocks: config.blocks,
-        dtype: DType::F32,
-    };
-    let inputs = StepInputs {
-        ids: plan.ids.clone(),
-        logit_scales: vec![1.0; plan.rows()],
-        sequences: plan
-            .sequences
-            .iter()
-            .map(|s| SequenceInputs { rows: s.rows, kv_len: s.kv_len, block_table: s.block_table.clone() })
-            .collect(),
-        logit_rows: plan.logit_rows.clone(),
-    };
-    let copies: Vec<(u32, u32)> = plan.copies.iter().map(|c| (c.source, c.destination)).collect();
-    let checked = inputs.check(&layout).and_then(|()| layout.check_copies(&copies));
-    checked.map_err(|e| e.to_string())?;
-    // The last layer may skip all rows but these.
-    inputs.logit_tail().map(drop).ok_or_else(|| "a logit row is not the last of its sequence".into())
 }
 
 impl World {
@@ -170,6 +149,7 @@ impl World {
             load: [20, 100, 300, 800][rng.below(4)],
             stopped: false,
             decoded: BTreeSet::new(),
+            hit_in_vain: BTreeSet::new(),
             preemptions: 0,
             next_step: 0,
             totals: Totals::default(),
@@ -329,6 +309,7 @@ impl World {
             cache_salt: if rng.permille(200) { vec![7] } else { Vec::new() },
             run_ahead: !rng.permille(300),
             scored: rng.permille(150),
+            speculate: rng.permille(600),
             ..Request::new(id, key, prompt, max_tokens)
         }
     }
@@ -354,6 +335,7 @@ impl World {
         self.device = Device::new(self.config.blocks, self.config.block_size);
         (self.preemptions, self.next_step) = (0, 0);
         self.decoded.clear();
+        self.hit_in_vain.clear();
         Ok(())
     }
 
@@ -385,27 +367,41 @@ impl World {
         let rows = &self.ledger.rows;
         let realm = |id: SequenceId| rows.get(&id.request).map_or(0, |row| realm(&row.request));
         let mut executed = self.device.run(&plan, realm, poison, fails)?;
+        let hit = poison.map(|row| self.owner(&plan, row));
         for id in &executed.poisoned {
+            if hit == Some((*id, true)) {
+                self.hit_behind_wrong_draft(*id);
+                continue;
+            }
             let Some(row) = self.ledger.rows.get_mut(&id.request) else { continue };
             // The row that was hit belongs to one sequence; whoever else is hit must be of the same request.
-            let first = plan.sequences.iter().scan(0, |row, s| {
-                *row += s.rows;
-                Some((s.id, *row))
-            });
-            let hit = poison.and_then(|p| first.into_iter().find(|&(_, end)| p < end)).map(|(id, _)| id);
-            row.blame.poisoned |= hit == Some(*id);
+            row.blame.poisoned |= hit == Some((*id, false));
             if !row.blame.poisoned && !row.blame.failed && self.ledger.live.contains(&id.request) {
                 return Err(format!("{id:?} reads what is not finite, and was never hit"));
             }
         }
+        for id in &executed.trailed {
+            let Some(row) = self.ledger.rows.get(&id.request).filter(|row| row.outcome.is_none()) else {
+                continue;
+            };
+            // A copy of what another choice is writing may have such a trail, which nobody reads.
+            if row.request.choices == 1 && !row.blame.poisoned && !row.blame.failed {
+                return Err(format!("{id:?} has what is not finite behind its last row"));
+            }
+        }
         let draw_fails =
             (self.faults && self.rng.permille(2)).then(|| self.rng.below(executed.samples.len()));
-        if let Some((sample, planned)) =
-            draw_fails.and_then(|at| Some((executed.samples.get_mut(at)?, plan.samples.get(at)?)))
+        if let Some((sample, &row)) =
+            draw_fails.and_then(|at| Some((executed.samples.get_mut(at)?, plan.logit_rows.get(at)?)))
         {
             *sample = SampleResult::Failed;
-            if let Some(row) = self.ledger.rows.get_mut(&planned.sequence.request) {
-                row.blame.failed = true;
+            match self.owner(&plan, row) {
+                (id, true) => self.hit_behind_wrong_draft(id),
+                (id, false) => {
+                    if let Some(row) = self.ledger.rows.get_mut(&id.request) {
+                        row.blame.failed = true;
+                    }
+                }
             }
         }
         if fails {
@@ -422,104 +418,30 @@ impl World {
         Ok(())
     }
 
-    fn check_plan(&mut self, plan: &StepPlan) -> Result<(), String> {
-        let config = &self.config;
-        let fail = |message: String| Err(format!("{message}: {plan:?}"));
-        if plan.step.0 != self.next_step {
-            return fail(format!("step {} comes next", self.next_step));
-        }
-        self.next_step += 1;
-        // What was preempted since the latest plan may have come back to compute all anew.
-        let preemptions = self.scheduler.snapshot().preemptions;
-        let preempted = std::mem::replace(&mut self.preemptions, preemptions) != preemptions;
-        let decodes = !preempted && plan.sequences.iter().any(|s| self.decoded.contains(&s.id));
-        if plan.rows() > config.max_step_rows || plan.sequences.len() > config.max_running {
-            return fail("over budget".into());
-        }
-        let prefill: usize = plan.sequences.iter().filter(|s| s.rows > 1).map(|s| s.rows).sum();
-        if decodes && prefill > config.max_mixed_prefill_rows {
-            return fail("prefill over its budget".into());
-        }
-        let scored = || plan.sequences.iter().filter(|s| s.scored);
-        let unread = scored().map(|s| s.rows).sum::<usize>() - scored().filter(|s| draws_in(plan, s)).count();
-        if scored().map(|s| s.rows).sum::<usize>() > config.max_scored_rows
-            || plan.samples.len() + unread > config.max_logit_rows
-        {
-            return fail("more logits than a step may have".into());
-        }
-        let destinations: BTreeSet<u32> = plan.copies.iter().map(|c| c.destination).collect();
-        if destinations.len() != plan.copies.len()
-            || plan.copies.iter().any(|c| destinations.contains(&c.source))
-        {
-            return fail("copies depend on their order".into());
-        }
-        let mut row = 0;
-        let mut pending = plan.pending.iter().map(|p| p.row).peekable();
-        let mut draws = plan.logit_rows.iter().zip(&plan.samples).peekable();
-        let mut ids = BTreeSet::new();
+    /// Whose row it is, and whether it is behind a wrong draft.
+    fn owner(&self, plan: &StepPlan, row: usize) -> (SequenceId, bool) {
+        let mut end = 0;
         for s in &plan.sequences {
-            if s.rows == 0 || !ids.insert(s.id) || s.block_table.len() != config.blocks_for(s.kv_len) {
-                return fail(format!("{:?} is out of order", s.id));
-            }
-            if s.block_table.iter().collect::<BTreeSet<_>>().len() != s.block_table.len() {
-                return fail(format!("{:?} has a block twice", s.id));
-            }
-            for position in s.kv_len - s.rows..s.kv_len {
-                let waits = pending.next_if_eq(&row).is_some();
-                let known = self.ledger.token(s.id, position);
-                if waits == known.is_some() || known.is_some_and(|id| plan.ids[row] != id) {
-                    return fail(format!("row {row} is not token {known:?} of {:?}", s.id));
-                }
-                row += 1;
-            }
-            if let Some(request) = self.ledger.rows.get_mut(&s.id.request).filter(|_| s.scored) {
-                if !request.request.scored || s.id.choice > 0 || s.kv_len > request.request.prompt.len() {
-                    return fail(format!("{:?} has nothing to be scored there", s.id));
-                }
-                match s.kv_len - s.rows {
-                    first if first == 0 || first == request.scored => request.scored = s.kv_len,
-                    _ => return fail(format!("{:?} was scored to {}", s.id, request.scored)),
-                }
-            }
-            if let Some((_, sample)) = draws.next_if(|(at, _)| **at == row - 1) {
-                let prompt = self.ledger.rows.get(&s.id.request).map_or(0, |r| r.request.prompt.len());
-                if sample.sequence != s.id || sample.position + prompt != s.kv_len {
-                    return fail(format!("sample {sample:?} of another sequence or position"));
-                }
+            end += s.rows;
+            if row < end {
+                let right = self.ledger.right_drafts(s.id, &plan.ids[end - s.drafts..end]);
+                return (s.id, row >= end - s.drafts + right);
             }
         }
-        check_inputs(plan, config)?;
-        if row != plan.rows() || draws.next().is_some() || pending.next().is_some() {
-            return fail("rows are left over".into());
-        }
-        // Decoding is starved by nothing but a lack of blocks.
-        let idle = self.decoded.iter().find(|id| {
-            let row = self.ledger.rows.get(&id.request).filter(|r| r.outcome.is_none());
-            let going_on = row.is_some_and(|r| r.choices[id.choice as usize].finished.is_none());
-            going_on && !ids.contains(id)
-        });
-        if let Some(id) = idle.filter(|_| config.max_in_flight == 1 && !preempted) {
-            return fail(format!("{id:?} was decoding and gets no row"));
-        }
-        self.decoded = plan.samples.iter().map(|s| s.sequence).collect();
-        Ok(())
+        unreachable!("row {row} of {}", plan.rows())
     }
 
-    fn check_idle(&self) -> Result<(), String> {
-        let s = self.scheduler.snapshot();
-        let ended: u64 = s.finished.iter().sum();
-        let idle =
-            (s.waiting_requests, s.waiting_tokens, s.running, s.suspended, s.in_flight) == (0, 0, 0, 0, 0);
-        match idle && s.blocks_available == s.blocks && ended == s.received {
-            true => self.scheduler.audit(),
-            false => Err(format!("not at rest: {s:?}")),
-        }
+    fn hit_behind_wrong_draft(&mut self, id: SequenceId) {
+        self.hit_in_vain.insert(id);
+        self.totals.in_vain += 1;
     }
 
     fn count_scheduler(&mut self) {
         let snapshot = self.scheduler.snapshot();
         self.totals.preemptions += snapshot.preemptions;
         self.totals.evictions += snapshot.evictions;
+        self.totals.draft_tokens += snapshot.draft_tokens;
+        self.totals.accepted_tokens += snapshot.accepted_tokens;
     }
 
     fn finish(mut self) -> Result<Totals, String> {
