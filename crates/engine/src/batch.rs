@@ -159,15 +159,9 @@ impl Engine {
 
 /// After these nothing works any more.
 fn is_fatal(error: &EngineError) -> bool {
-    use longhaul_backend::Error as BackendError;
-    use longhaul_model::ModelError;
-    match error {
-        EngineError::Rank { .. } => true,
-        EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error)) => {
-            matches!(error, BackendError::DeviceLost(_) | BackendError::Collective(_))
-        }
-        _ => false,
-    }
+    use longhaul_backend::Error::{Collective, DeviceLost};
+    matches!(error, EngineError::Rank { .. })
+        || matches!(error.of_backend(), Some(DeviceLost(_) | Collective(_)))
 }
 
 fn scores(logits: &[f32], request: &ScoreRequest) -> Scores {

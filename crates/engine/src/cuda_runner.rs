@@ -9,7 +9,7 @@ use longhaul_cuda::{Cuda, Tensor};
 use longhaul_model::Model;
 
 use crate::Result;
-use crate::runner::{BlockChanges, Goal, Outcome, RankRunner, Runner, WholeLogits};
+use crate::runner::{BlockChanges, Goal, Outcome, RankRunner, Runner, WholeLogits, use_logits};
 
 /// Runs steps eagerly, and pure-decode steps from recorded graphs once a batch size has been seen.
 pub(crate) struct CudaRunner {
@@ -116,11 +116,8 @@ fn pad(mut inputs: StepInputs, rows: usize) -> StepInputs {
 impl Runner for CudaRunner {
     fn run(&mut self, inputs: StepInputs, rows: &[SamplingRow<'_>], logits: WholeLogits) -> Result<Outcome> {
         let Some(tensor) = self.forward(inputs)? else { return Ok(Outcome::default()) };
-        let draws = if rows.is_empty() { Vec::new() } else { self.model.sample(&tensor, rows)? };
-        let logits = match logits {
-            WholeLogits::Stay => Vec::new(),
-            WholeLogits::ToHost => self.model.backend().to_host(&self.model.gather_logits(tensor)?)?,
-        };
+        let (draws, whole) = use_logits(&self.model, tensor, rows, logits)?;
+        let logits = whole.map(|whole| self.model.backend().to_host(&whole)).transpose()?.unwrap_or_default();
         Ok(Outcome { draws, logits })
     }
 
@@ -167,11 +164,8 @@ impl RankRunner for CudaRunner {
 
     fn follow(&mut self, inputs: StepInputs, goal: &Goal) -> Result<()> {
         let Some(logits) = self.forward(inputs)? else { return Ok(()) };
-        if !goal.rows.is_empty() {
-            self.model.sample(&logits, &goal.rows())?;
-        }
-        if goal.logits == WholeLogits::ToHost {
-            self.model.gather_logits(logits)?;
+        let (_, whole) = use_logits(&self.model, logits, &goal.rows(), goal.logits)?;
+        if whole.is_some() {
             let cuda = self.model.backend();
             cuda.group().check(cuda.context()).map_err(Error::from)?;
         }

@@ -92,5 +92,15 @@ pub enum EngineError {
     Backend(#[from] BackendError),
 }
 
+impl EngineError {
+    /// The device's error, where it is one.
+    pub(crate) fn of_backend(&self) -> Option<&BackendError> {
+        match self {
+            EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error)) => Some(error),
+            _ => None,
+        }
+    }
+}
+
 /// Result with this crate's [`EngineError`].
 pub type Result<T> = std::result::Result<T, EngineError>;

@@ -180,8 +180,7 @@ pub(crate) trait Ranks: Sync {
             device: self.name().into(),
             message: format!("the watchdog could not be started: {e}"),
         })?;
-        let spec = spec.clone();
-        Ok(Watch { watchdog, operations: Box::new(move |context| spec.flops_per_token(context, true)) })
+        Ok(Watch { watchdog, spec: spec.clone() })
     }
 
     /// The rank on its thread.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use longhaul_backend::{Collective, CollectiveError, Error as BackendError};
 use longhaul_backend::{SamplingRow, StepInputs};
-use longhaul_model::ModelError;
+use longhaul_model::ModelSpec;
 
 use crate::runner::{BlockChanges, Goal, Order, Outcome, RankRunner, Runner, WholeLogits};
 use crate::watchdog::{Running, Watchdog};
@@ -57,16 +57,15 @@ pub(crate) trait Member: Send {
 /// Watches the steps of a group.
 pub(crate) struct Watch {
     pub watchdog: Watchdog,
-    /// Operations of a token at a context of so many tokens.
-    pub operations: Box<dyn Fn(usize) -> u64 + Send>,
+    /// Says how many operations a step has.
+    pub spec: ModelSpec,
 }
 
 impl Watch {
     /// What all do runs until the result is dropped.
     pub(crate) fn watch(&self, order: &Order) -> Running<'_> {
-        let rows = |s: &longhaul_backend::SequenceInputs| (self.operations)(s.kv_len) * s.rows as u64;
         self.watchdog.step(match order {
-            Order::Step(inputs, _) => inputs.sequences.iter().map(rows).sum(),
+            Order::Step(inputs, _) => self.spec.step_flops(&inputs.sequences),
             Order::Blocks(_) => 0,
         })
     }
@@ -257,10 +256,7 @@ impl RankedRunner {
 
 /// Whether only the request failed, after all ranks had done their part.
 fn is_of_the_request(error: &EngineError) -> bool {
-    let (EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error))) = error else {
-        return false;
-    };
-    matches!(error, BackendError::Sampling { .. })
+    matches!(error.of_backend(), Some(BackendError::Sampling { .. }))
 }
 
 /// Whether this says no more than that the group has ended.
@@ -268,13 +264,8 @@ pub(crate) fn is_consequence(error: &EngineError) -> bool {
     if let EngineError::Rank { source, .. } = error {
         return is_consequence(source);
     }
-    let (EngineError::Backend(error) | EngineError::Model(ModelError::Backend(error))) = error else {
-        return false;
-    };
-    matches!(
-        error,
-        BackendError::Collective(CollectiveError::Aborted { .. } | CollectiveError::RankFailed { .. })
-    )
+    use CollectiveError::{Aborted, RankFailed};
+    matches!(error.of_backend(), Some(BackendError::Collective(Aborted { .. } | RankFailed { .. })))
 }
 
 impl Runner for RankedRunner {
@@ -334,7 +325,7 @@ mod tests {
     use longhaul_backend::{DType, KvLayout, RowError, SequenceInputs};
     use longhaul_collective::{Options, Threads};
     use longhaul_cpu::{Cpu, Precision};
-    use longhaul_model::{Model, ModelSpec, PositionProfile, ShardOptions, ShardPlan};
+    use longhaul_model::{Model, PositionProfile, ShardOptions, ShardPlan};
     use longhaul_weights::Checkpoint;
 
     use super::*;

@@ -73,6 +73,21 @@ pub(crate) struct Outcome {
     pub logits: Vec<f32>,
 }
 
+/// What every rank does with its logits: draws for `rows`, if there are any, and gathers them where they are wanted whole.
+pub(crate) fn use_logits<B: Backend>(
+    model: &Model<B>,
+    logits: B::Tensor,
+    rows: &[SamplingRow<'_>],
+    whole: WholeLogits,
+) -> Result<(Vec<Draw>, Option<B::Tensor>)> {
+    let draws = if rows.is_empty() { Vec::new() } else { model.sample(&logits, rows)? };
+    let whole = match whole {
+        WholeLogits::Stay => None,
+        WholeLogits::ToHost => Some(model.gather_logits(logits)?),
+    };
+    Ok((draws, whole))
+}
+
 /// Whole blocks to change, in this order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct BlockChanges {
@@ -171,11 +186,8 @@ impl Runner for CpuRunner {
         let cpu = model.backend();
         cpu.install(|| {
             let Some(tensor) = model.forward(inputs, kv)? else { return Ok(Outcome::default()) };
-            let draws = if rows.is_empty() { Vec::new() } else { model.sample(&tensor, rows)? };
-            let logits = match logits {
-                WholeLogits::Stay => Vec::new(),
-                WholeLogits::ToHost => cpu.to_host(&model.gather_logits(tensor)?)?,
-            };
+            let (draws, whole) = use_logits(model, tensor, rows, logits)?;
+            let logits = whole.map(|whole| cpu.to_host(&whole)).transpose()?.unwrap_or_default();
             Ok(Outcome { draws, logits })
         })
     }
@@ -199,13 +211,7 @@ impl RankRunner for CpuRunner {
         let (model, kv) = (&self.model, &mut self.kv);
         model.backend().install(|| {
             let Some(logits) = model.forward(inputs, kv)? else { return Ok(()) };
-            if !goal.rows.is_empty() {
-                model.sample(&logits, &goal.rows())?;
-            }
-            if goal.logits == WholeLogits::ToHost {
-                model.gather_logits(logits)?;
-            }
-            Ok(())
+            use_logits(model, logits, &goal.rows(), goal.logits).map(drop)
         })
     }
 }

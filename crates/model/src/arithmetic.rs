@@ -1,6 +1,6 @@
 //! Exact counts that follow from a config: parameters, bytes, KV cache, FLOPs.
 
-use longhaul_backend::DType;
+use longhaul_backend::{DType, SequenceInputs};
 
 use crate::ModelSpec;
 
@@ -82,6 +82,13 @@ impl ModelSpec {
         let matrices = self.body_parameters(true) - (norms + biases) as u64;
         let head = if with_logits { (self.vocab_size * self.hidden_size) as u64 } else { 0 };
         2 * (matrices + head) + 4 * (self.layers * self.query_size()) as u64 * context as u64
+    }
+
+    /// Floating-point operations of a step over `sequences`, as if each row had its sequence's whole context and wanted logits:
+    /// an upper bound by which steps are told apart.
+    pub fn step_flops(&self, sequences: &[SequenceInputs]) -> u64 {
+        let of = |s: &SequenceInputs| self.flops_per_token(s.kv_len, true).saturating_mul(s.rows as u64);
+        sequences.iter().map(of).fold(0, u64::saturating_add)
     }
 }
 

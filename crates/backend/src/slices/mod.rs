@@ -230,11 +230,11 @@ pub fn sample_slices(
         None => Largest { logit: summary.largest, score: score(summary.best) },
     });
     let largest: Vec<Largest> = largest.collect();
-    let wanted: Vec<usize> = rows
-        .iter()
-        .zip(&failures)
-        .map(|(row, failed)| failed.map_or_else(|| wanted(row, vocab), |_| 0))
-        .collect();
+    let wanted = rows.iter().zip(&failures).map(|(row, failure)| match failure {
+        Some(_) => 0,
+        None => wanted(row, vocab),
+    });
+    let wanted: Vec<usize> = wanted.collect();
     let masses = exchange_masses(group, slice.masses(&largest, &wanted)?, &wanted)?;
 
     let mut draws: Vec<Draw<'_>> = Vec::new();

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::Instant;
 
+use longhaul_backend::SequenceInputs;
 use longhaul_engine::{BatchError, BatchResults, BatchStep, Engine, EngineError};
 use longhaul_scheduler::{PendingId, StepId};
 
@@ -18,8 +19,8 @@ pub trait StepDevice: Send + 'static {
     /// [`BatchError`], which says whether the device goes on.
     fn step(&mut self, step: BatchStep) -> Result<BatchResults, BatchError>;
 
-    /// Operations of a token at a context of so many tokens: what the time of a step is judged by.
-    fn operations(&self, context: usize) -> u64;
+    /// Operations of a step: what its time is judged by.
+    fn operations(&self, sequences: &[SequenceInputs]) -> u64;
 }
 
 impl StepDevice for Engine {
@@ -27,8 +28,8 @@ impl StepDevice for Engine {
         self.run_batch(step)
     }
 
-    fn operations(&self, context: usize) -> u64 {
-        self.spec().flops_per_token(context, true)
+    fn operations(&self, sequences: &[SequenceInputs]) -> u64 {
+        self.spec().step_flops(sequences)
     }
 }
 
@@ -63,11 +64,7 @@ pub(super) fn run(
                 *slot = *token;
             }
         }
-        let size = step
-            .sequences
-            .iter()
-            .map(|s| device.operations(s.kv_len).saturating_mul(s.rows as u64))
-            .fold(0, u64::saturating_add);
+        let size = device.operations(&step.sequences);
         let began = Instant::now();
         status.step_begins(size, began);
         let result = catch_unwind(AssertUnwindSafe(|| device.step(step))).unwrap_or_else(|_| {
