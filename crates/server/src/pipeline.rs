@@ -11,9 +11,7 @@ use crate::choice::{Choice, Piece, TextOptions};
 use crate::error::{ApiError, ApiResult};
 use crate::ledger::{Outcome, Ticket};
 use crate::metrics::Metrics;
-use crate::serving::{
-    Event, EventStream, Failure, Finish, PromptToken, Refusal, Serving, Submission, TokenScore,
-};
+use crate::serving::{Event, EventStream, Failure, PromptToken, Refusal, Serving, Submission, TokenScore};
 
 /// What happened last.
 #[derive(Debug)]
@@ -72,7 +70,7 @@ impl Generation {
             metrics.params_max_tokens.record(submission.max_tokens as f64);
             metrics.params_n.record(f64::from(submission.n));
             let events = if nothing_to_do(&submission) {
-                Ok(no_events(submission.n))
+                Ok(no_events(&submission))
             } else {
                 serving.submit(submission)
             };
@@ -296,11 +294,8 @@ fn nothing_to_do(submission: &Submission) -> bool {
 }
 
 /// The events of a submission that [`nothing_to_do`] holds for.
-fn no_events(n: u32) -> EventStream {
-    let (sink, stream) = crate::serving::channel(n as usize + 1, || {});
-    sink.send(Event::Started { cached_tokens: 0 });
-    for choice in 0..n {
-        sink.send(Event::Finished { choice, finish: Finish::Length });
-    }
+fn no_events(submission: &Submission) -> EventStream {
+    let (sink, stream) = crate::serving::channel(submission.n as usize + 1, || {});
+    submission.answer_without_running(&sink);
     stream
 }

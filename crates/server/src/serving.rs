@@ -133,6 +133,20 @@ pub struct Submission {
     pub namespace: Namespace,
 }
 
+impl Submission {
+    /// The events of a request that draws nothing, and whose prompt has no log probability that must be computed: it has
+    /// one token, or they are not wanted.
+    pub(crate) fn answer_without_running(&self, sink: &EventSink) {
+        sink.send(Event::Started { cached_tokens: 0 });
+        if self.prompt_logprobs.is_some() {
+            sink.send(Event::Prompt(self.prompt.iter().map(|_| None).collect()));
+        }
+        for choice in 0..self.n {
+            sink.send(Event::Finished { choice, finish: Finish::Length });
+        }
+    }
+}
+
 /// The log probability of a token, and of the most likely ones at its place.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenScore {

@@ -83,9 +83,9 @@ pub struct HttpArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Batching")]
 pub struct BatchArgs {
-    /// Sequences that run at a time [default: 256]
-    #[arg(long, value_parser = positive, value_name = "N")]
-    pub max_num_seqs: Option<usize>,
+    /// Sequences that run at a time
+    #[arg(long, value_parser = positive, default_value_t = 256, value_name = "N")]
+    pub max_num_seqs: usize,
     /// Rows of a step: tokens that decode and tokens of prompts. More than --max-num-seqs [default: what suits the device]
     #[arg(long, value_parser = positive, value_name = "N")]
     pub max_num_batched_tokens: Option<usize>,

@@ -37,13 +37,10 @@ pub fn loader(args: &ServeArgs) -> Result<Loader, EngineError> {
         (None, Some(bytes)) => KvPool::Bytes(bytes),
         (None, None) => KvPool::Memory,
     };
-    loader.device.max_sequences = NonZeroUsize::new(batch.max_num_seqs.unwrap_or(MAX_NUM_SEQS));
+    loader.device.max_sequences = NonZeroUsize::new(batch.max_num_seqs);
     loader.device.max_step_rows = batch.max_num_batched_tokens.and_then(NonZeroUsize::new);
     Ok(loader)
 }
-
-/// As vLLM's on small devices.
-const MAX_NUM_SEQS: usize = 256;
 
 fn batch_options(args: &ServeArgs) -> BatchOptions {
     let (batch, queue) = (&args.batch, &args.queue);
@@ -53,7 +50,7 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
             tokens: queue.max_num_queued_tokens.unwrap_or(usize::MAX),
             requests_per_key: queue.max_num_queued_reqs_per_key.unwrap_or(usize::MAX),
         },
-        max_num_seqs: batch.max_num_seqs,
+        max_num_seqs: Some(batch.max_num_seqs),
         max_num_batched_tokens: batch.max_num_batched_tokens,
         max_mixed_prefill_rows: Some(batch.max_mixed_prefill_tokens),
         async_scheduling: match batch.async_scheduling {

@@ -9,9 +9,9 @@ mod request;
 mod status;
 mod step_loop;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,7 @@ use request::Rules;
 use status::Status;
 use step_loop::StepLoop;
 
-use crate::serving::{
-    self, Event, EventSink, EventStream, Finish, ModelInfo, Refusal, Serving, Snapshot, Submission,
-};
+use crate::serving::{self, EventSink, EventStream, ModelInfo, Refusal, Serving, Snapshot, Submission};
 
 /// Most alternatives that are reported with a token.
 const MAX_LOGPROBS: u32 = 20;
@@ -85,8 +83,7 @@ pub struct Batched {
     next_id: AtomicU64,
     admission: Arc<Admission>,
     status: Arc<Status>,
-    /// Behind a lock only because a sender is not shared on all platforms.
-    inbox: Mutex<Sender<Message>>,
+    inbox: Sender<Message>,
 }
 
 /// What the step loop hears.
@@ -212,13 +209,13 @@ impl Batched {
             next_id: AtomicU64::new(0),
             admission: Arc::new(Admission::new(options.queue)),
             status,
-            inbox: Mutex::new(inbox),
+            inbox,
         })
     }
 
     fn say(&self, message: Message) {
         // A step loop that has ended shows in the events that end with it.
-        let _ = self.inbox.lock().unwrap_or_else(PoisonError::into_inner).send(message);
+        let _ = self.inbox.send(message);
     }
 }
 
@@ -232,12 +229,12 @@ impl Serving for Batched {
         let (place, key) = self.admission.admit(&submission.namespace, submission.prompt.len())?;
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let events = self.queued_events.saturating_mul(submission.n as usize);
-        let inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let inbox = self.inbox.clone();
         let (sink, stream) = serving::channel(events, move || {
             let _ = inbox.send(Message::Look(id));
         });
         if submission.max_tokens == 0 && submission.prompt.len() < 2 {
-            nothing_to_run(&submission, &sink);
+            submission.answer_without_running(&sink);
             return Ok(stream);
         }
         // Lower is earlier there, higher is earlier here.
@@ -265,17 +262,6 @@ impl Serving for Batched {
 impl Drop for Batched {
     fn drop(&mut self) {
         self.say(Message::Close);
-    }
-}
-
-/// Answers a request of which there is nothing to compute: the first token of a prompt has no score.
-fn nothing_to_run(submission: &Submission, sink: &EventSink) {
-    sink.send(Event::Started { cached_tokens: 0 });
-    if submission.prompt_logprobs.is_some() {
-        sink.send(Event::Prompt(submission.prompt.iter().map(|_| None).collect()));
-    }
-    for choice in 0..submission.n {
-        sink.send(Event::Finished { choice, finish: Finish::Length });
     }
 }
 

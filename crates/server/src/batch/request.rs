@@ -142,7 +142,7 @@ impl Running {
                     });
                 }
                 Err(message) => {
-                    self.failure.get_or_insert(Failure::Grammar(message));
+                    self.explain(Failure::Grammar(message));
                     return (draw, false);
                 }
             }
@@ -222,7 +222,7 @@ impl Running {
         if let (None, Some(matcher)) = (finish, &mut choice.matcher)
             && let Err(message) = matcher.accept(id)
         {
-            self.failure.get_or_insert(Failure::Grammar(message));
+            self.explain(Failure::Grammar(message));
             return false;
         }
         if self.submission.prompt_logprobs.is_some() && self.scored == 0 {
@@ -244,18 +244,20 @@ impl Running {
 
     /// The end, when it is not that of all choices.
     pub(super) fn fail(mut self, failure: Failure) {
-        let failure = self.failure.take().unwrap_or(failure);
-        self.sink.send(Event::Failed(failure));
+        self.explain(failure);
+        self.fail_if_explained();
+    }
+
+    /// The end, which is a failure if something is known to have gone wrong.
+    pub(super) fn fail_if_explained(self) {
+        if let Some(failure) = self.failure {
+            self.sink.send(Event::Failed(failure));
+        }
     }
 
     /// Why it will end, unless something is known already.
     pub(super) fn explain(&mut self, failure: Failure) {
         self.failure.get_or_insert(failure);
-    }
-
-    /// What is known to have gone wrong.
-    pub(super) fn failure(&self) -> Option<&Failure> {
-        self.failure.as_ref()
     }
 }
 

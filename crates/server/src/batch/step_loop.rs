@@ -7,10 +7,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use longhaul_backend::{RowError, SequenceInputs};
-use longhaul_engine::{BatchResults, BatchStep, ScoreRequest};
+use longhaul_engine::{BatchDraw, BatchResults, BatchStep, ScoreRequest};
 use longhaul_scheduler as scheduler;
 use longhaul_scheduler::{
-    FinishReason, Outcome, RequestId, SampleResult, Scheduler, SequenceId, StepPlan, StepResults, Update,
+    FinishReason, Outcome, PlannedSample, RequestId, SampleResult, Scheduler, SequenceId, StepPlan,
+    StepResults, Update,
 };
 
 use super::device::{Done, Order};
@@ -26,15 +27,15 @@ const TICK: Duration = Duration::from_millis(20);
 const FAILURES: usize = 3;
 
 pub(super) struct StepLoop {
-    pub(super) scheduler: Scheduler,
-    pub(super) inbox: Receiver<Message>,
+    scheduler: Scheduler,
+    inbox: Receiver<Message>,
     /// `None` once the device is lost.
-    pub(super) device: Option<Sender<Order>>,
-    pub(super) status: Arc<Status>,
-    pub(super) rules: Rules,
-    pub(super) epoch: Instant,
+    device: Option<Sender<Order>>,
+    status: Arc<Status>,
+    rules: Rules,
+    epoch: Instant,
     /// Hears why nothing is served any more.
-    pub(super) lost: Box<dyn Fn(&str) + Send>,
+    lost: Box<dyn Fn(&str) + Send>,
     requests: BTreeMap<RequestId, Running>,
     in_flight: VecDeque<Flight>,
     events: Vec<scheduler::Event>,
@@ -109,10 +110,10 @@ impl StepLoop {
     /// Waits for something to happen, and takes all of it.
     fn listen(&mut self) {
         let is_idle = self.requests.is_empty() && self.in_flight.is_empty() && self.events.is_empty();
-        let first = match (is_idle, self.events.is_empty()) {
-            (true, _) => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            (false, true) => self.inbox.recv_timeout(TICK),
-            (false, false) => self.inbox.recv_timeout(Duration::ZERO),
+        let first = if is_idle {
+            self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            self.inbox.recv_timeout(if self.events.is_empty() { TICK } else { Duration::ZERO })
         };
         match first {
             Ok(message) => self.hear(message),
@@ -300,9 +301,7 @@ impl StepLoop {
                     Outcome::Complete(_) => {}
                     Outcome::ClientGone => {
                         // It may be gone because it failed here.
-                        if let Some(failure) = request.failure().cloned() {
-                            request.fail(failure);
-                        }
+                        request.fail_if_explained();
                     }
                     Outcome::Deadline => request.fail(Failure::Deadline),
                     Outcome::Drained => request.fail(Failure::Drained),
@@ -350,70 +349,54 @@ impl StepLoop {
             ..BatchStep::default()
         };
         let mut flight = Flight { samples: Vec::with_capacity(plan.samples.len()), scored: Vec::new() };
-        let mut samples = plan.logit_rows.iter().zip(&plan.samples).peekable();
-        let mut first = 0;
+        let mut samples = plan.logit_rows.iter().copied().zip(plan.samples).peekable();
+        let mut end = 0;
         for sequence in plan.sequences {
-            let rows = first..first + sequence.rows;
-            let mut scored = Vec::new();
-            let first_position = sequence.kv_len - sequence.rows;
-            let mut first_scored = None;
-            for (row, position) in rows.clone().zip(first_position..) {
-                let sample = samples.next_if(|(at, _)| **at == row).map(|(_, sample)| sample);
-                let request = self.requests.get_mut(&sequence.id.request);
-                let to_score = match &request {
-                    Some(request) if sequence.scored => request.to_score(position),
-                    _ => None,
-                };
+            let first = end;
+            end += sequence.rows;
+            let mut request = self.requests.get_mut(&sequence.id.request);
+            let mut scored: Option<ScoredRows> = None;
+            // Rows that draw are a sequence's last; only of one that is scored do others matter.
+            let drawing = samples.peek().map_or(end, |(row, _)| *row).min(end);
+            for row in if sequence.scored { first } else { drawing }..end {
+                let position = sequence.kv_len - (end - row);
+                let sample = samples.next_if(|(of, _)| *of == row).map(|(_, sample)| sample);
+                let to_score =
+                    request.as_ref().filter(|_| sequence.scored).and_then(|r| r.to_score(position));
                 if sample.is_none() && to_score.is_none() {
                     continue;
                 }
                 let index = step.logit_rows.len();
                 step.logit_rows.push(row);
                 if let Some((id, top)) = to_score {
-                    first_scored.get_or_insert(position);
-                    scored.push((id, step.scores.len()));
+                    let rows = || ScoredRows {
+                        request: sequence.id.request,
+                        first: position,
+                        tokens: Vec::with_capacity(end - row),
+                    };
+                    scored.get_or_insert_with(rows).tokens.push((id, step.scores.len()));
                     step.scores.push(ScoreRequest { row: index, id: Some(id), top });
                 }
-                let draw = match (sample, request) {
-                    (Some(sample), Some(request)) => {
-                        let (draw, goes_on) = request.draw(sequence.id.choice, sample.position);
+                let mut draw = BatchDraw::default();
+                if let Some(PlannedSample { sequence, position }) = sample {
+                    let mut score = None;
+                    if let Some(request) = &mut request {
+                        let (own, goes_on) = request.draw(sequence.choice, position);
+                        draw = own;
                         if !goes_on {
-                            self.events.push(scheduler::Event::Cancel(sequence.id.request));
+                            self.events.push(scheduler::Event::Cancel(sequence.request));
                         }
                         let top = request.top_logprobs();
-                        let score = (top > 0).then_some(step.scores.len());
-                        if score.is_some() {
+                        if top > 0 {
+                            score = Some(step.scores.len());
                             step.scores.push(ScoreRequest { row: index, id: None, top });
                         }
-                        flight.samples.push(Sample {
-                            sequence: sequence.id,
-                            position: sample.position,
-                            draw: index,
-                            score,
-                        });
-                        draw
                     }
-                    (Some(sample), None) => {
-                        flight.samples.push(Sample {
-                            sequence: sequence.id,
-                            position: sample.position,
-                            draw: index,
-                            score: None,
-                        });
-                        Default::default()
-                    }
-                    (None, _) => Default::default(),
-                };
+                    flight.samples.push(Sample { sequence, position, draw: index, score });
+                }
                 step.draws.push(draw);
             }
-            if let Some(position) = first_scored {
-                flight.scored.push(ScoredRows {
-                    request: sequence.id.request,
-                    first: position,
-                    tokens: scored,
-                });
-            }
-            first = rows.end;
+            flight.scored.extend(scored);
             step.sequences.push(SequenceInputs {
                 rows: sequence.rows,
                 kv_len: sequence.kv_len,
