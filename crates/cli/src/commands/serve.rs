@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use longhaul_engine::{EngineError, KvPool, Loader, Precision};
+use longhaul_engine::{EngineError, Generate, KvPool, Loader, Precision};
 use longhaul_server::{
     ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Lifecycle, Limits, QueueLimits, Server,
 };
 
 use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
 use crate::exit::{self, UsageError};
+use crate::output::tell;
 
 /// Variables that may hold one API key.
 const KEY_VARIABLES: [&str; 2] = ["LONGHAUL_API_KEY", "VLLM_API_KEY"];
@@ -70,9 +71,9 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     let loader = loader(args)?;
     let address = address(&args.http.host, args.http.port)?;
     let server = Server::bind(address, config(args)?)?;
-    eprintln!("listening on http://{}, loading {}", server.address(), model.model);
+    tell(format_args!("listening on http://{}, loading {}", server.address(), model.model));
     if args.http.allow_unauthenticated {
-        eprintln!("warning: --allow-unauthenticated: everybody who reaches this port may use it");
+        tell("warning: --allow-unauthenticated: everybody who reaches this port may use it");
     }
 
     let lifecycle = server.lifecycle();
@@ -94,10 +95,10 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
         loading.join().map_err(|_| anyhow!("loading the model failed"))??;
     }
     if drained.cut > 0 {
-        eprintln!("stopped; {} requests were cut when the time to finish was over", drained.cut);
+        tell(format_args!("stopped; {} requests were cut when the time to finish was over", drained.cut));
         return Ok(ExitCode::from(exit::RESTART));
     }
-    eprintln!("stopped; every request was finished");
+    tell("stopped; every request was finished");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -109,14 +110,21 @@ fn load(
     defaults: Defaults,
 ) -> Result<()> {
     let engine = loader.load(&mut |done, total| lifecycle.progress(done, total))?;
-    engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
+    engine.notes().iter().for_each(|note| tell(format_args!("note: {note}")));
     let device = engine.device().to_owned();
+    let longest = engine.max_model_len();
     let batchable = Batchable::engine(engine, root.to_owned(), defaults);
+    let fits = batchable.model.max_model_len;
+    if fits < longest {
+        tell(format_args!(
+            "note: the KV pool holds {fits} tokens, so that is the longest context, not the model's {longest}"
+        ));
+    }
     // The health check says so; whoever supervises the process starts it again.
     let serving =
-        Batched::start(batchable, batch, |reason| eprintln!("error: the engine is lost: {reason}"))?;
+        Batched::start(batchable, batch, |reason| tell(format_args!("error: the engine is lost: {reason}")))?;
     lifecycle.ready(Arc::new(serving));
-    eprintln!("ready: {root} on {device}");
+    tell(format_args!("ready: {root} on {device}"));
     Ok(())
 }
 
