@@ -86,6 +86,7 @@ pub(crate) struct Metrics {
     pub(crate) panics: AtomicU64,
     pub(crate) connections: AtomicU64,
     pub(crate) accept_errors: AtomicU64,
+    pub(crate) handshake_errors: AtomicU64,
     /// Bytes of bodies that are being read or parsed, rounded up to KiB each.
     pub(crate) body_bytes: AtomicU64,
     rejections: Mutex<BTreeMap<&'static str, u64>>,
@@ -125,6 +126,7 @@ impl Default for Metrics {
             panics: counter(),
             connections: counter(),
             accept_errors: counter(),
+            handshake_errors: counter(),
             body_bytes: counter(),
             rejections: Mutex::default(),
             finished: Mutex::default(),
@@ -297,6 +299,11 @@ impl Metrics {
             "longhaul_accept_errors",
             "Connections that could not be accepted.",
             load(&self.accept_errors),
+        );
+        out.counter(
+            "longhaul_handshake_errors",
+            "Connections that failed or took too long in the handshake of TLS.",
+            load(&self.handshake_errors),
         );
         out.gauge("longhaul_body_bytes", "Bodies being read or parsed.", load(&self.body_bytes) as f64);
         out.counter("longhaul_panics", "Handlers that panicked.", load(&self.panics));

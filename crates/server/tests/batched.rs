@@ -18,7 +18,7 @@ fn demo() -> Engine {
 fn batched() -> Batched {
     let batchable = Batchable::engine(demo(), "demo".into(), Defaults::Neutral);
     let options = BatchOptions { queued_events: 4096, ..BatchOptions::default() };
-    Batched::start(batchable, &options, |reason| panic!("{reason}")).unwrap()
+    Batched::start(batchable, &options, |loss| panic!("{loss:?}")).unwrap()
 }
 
 fn submission(prompt: &[u32]) -> Submission {

@@ -7,11 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use longhaul_engine::{EngineError, KvPool, Loader, Precision};
 use longhaul_server::{
-    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Lifecycle, Limits, QueueLimits, Server,
+    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Endpoint, Lifecycle, Limits, QueueLimits, Server, Serving, Tls,
 };
 
 use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
 use crate::exit::{self, UsageError};
+use crate::systemd::Notifier;
 
 /// Variables that may hold one API key.
 const KEY_VARIABLES: [&str; 2] = ["LONGHAUL_API_KEY", "VLLM_API_KEY"];
@@ -68,13 +69,16 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
 pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     let model = model(args);
     let loader = loader(args)?;
-    let address = address(&args.http.host, args.http.port)?;
-    let server = Server::bind(address, config(args)?)?;
-    eprintln!("listening on http://{}, loading {}", server.address(), model.model);
+    let server = Server::bind(endpoint(args)?, config(args)?)?;
+    eprintln!("listening on {}, loading {}", server.url(), model.model);
     if args.http.allow_unauthenticated {
         eprintln!("warning: --allow-unauthenticated: everybody who reaches this port may use it");
     }
 
+    let notifier = Arc::new(Notifier::from_env().context("NOTIFY_SOCKET: cannot be sent to")?);
+    notifier.status(&format!("loading {}", model.model));
+    let told = Arc::clone(&notifier);
+    let server = server.on_stop(move || told.stopping());
     let lifecycle = server.lifecycle();
     let batch = batch_options(args);
     let defaults = match args.http.generation_config {
@@ -82,7 +86,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
         GenerationConfigArg::Neutral => Defaults::Neutral,
     };
     let loading = std::thread::Builder::new().name("longhaul-load".into()).spawn(move || {
-        let result = load(&loader, &model.model, &lifecycle, &batch, defaults);
+        let result = load(&loader, &model.model, &lifecycle, &batch, defaults, &notifier);
         if result.is_err() {
             lifecycle.abandon();
         }
@@ -107,17 +111,56 @@ fn load(
     lifecycle: &Lifecycle,
     batch: &BatchOptions,
     defaults: Defaults,
+    notifier: &Arc<Notifier>,
 ) -> Result<()> {
-    let engine = loader.load(&mut |done, total| lifecycle.progress(done, total))?;
+    let mut told = 0;
+    let engine = loader.load(&mut |done, total| {
+        lifecycle.progress(done, total);
+        let percent = done * 100 / total.max(1);
+        if percent > std::mem::replace(&mut told, percent) {
+            notifier.status(&format!("loading {root}: {percent} %"));
+        }
+    })?;
     engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
     let device = engine.device().to_owned();
     let batchable = Batchable::engine(engine, root.to_owned(), defaults);
-    // The health check says so; whoever supervises the process starts it again.
-    let serving =
-        Batched::start(batchable, batch, |reason| eprintln!("error: the engine is lost: {reason}"))?;
-    lifecycle.ready(Arc::new(serving));
+    let losing = lifecycle.clone();
+    let serving = Batched::start(batchable, batch, move |loss| losing.lose(loss))?;
+    let serving = Arc::new(serving);
+    lifecycle.ready(Arc::clone(&serving) as Arc<dyn Serving>);
+    notifier.ready(&format!("serving {root} on {device}"));
+    watch(notifier, serving)?;
     eprintln!("ready: {root} on {device}");
     Ok(())
+}
+
+/// Tells a service manager that listens for it, as long as the engine makes progress.
+fn watch(notifier: &Arc<Notifier>, serving: Arc<dyn Serving>) -> Result<()> {
+    let Some(period) = notifier.watchdog() else { return Ok(()) };
+    let notifier = Arc::clone(notifier);
+    std::thread::Builder::new().name("longhaul-watchdog".into()).spawn(move || {
+        loop {
+            match serving.health() {
+                Ok(()) => notifier.alive(),
+                Err(reason) => notifier.status(&reason),
+            }
+            std::thread::sleep(period);
+        }
+    })?;
+    Ok(())
+}
+
+fn endpoint(args: &ServeArgs) -> Result<Endpoint> {
+    match &args.http.uds {
+        Some(path) => Ok(Endpoint::Unix(path.clone())),
+        None => Ok(Endpoint::Tcp(address(&args.http.host, args.http.port)?)),
+    }
+}
+
+fn tls(args: &ServeArgs) -> Result<Option<Tls>> {
+    let Some(certificate) = &args.http.ssl_certfile else { return Ok(None) };
+    let key = args.http.ssl_keyfile.as_ref().unwrap_or(certificate);
+    Tls::from_files(certificate, key).map(Some).context("--ssl-certfile, --ssl-keyfile")
 }
 
 fn address(host: &str, port: u16) -> Result<SocketAddr> {
@@ -135,6 +178,7 @@ fn config(args: &ServeArgs) -> Result<Config> {
         served_model_names: http.served_model_name.clone(),
         api_keys: keys(args)?,
         allow_unauthenticated: http.allow_unauthenticated,
+        tls: tls(args)?,
         allowed_hosts: http.allowed_hosts.clone(),
         request_id_headers: http.enable_request_id_headers,
         force_include_usage: http.enable_force_include_usage,
@@ -145,6 +189,7 @@ fn config(args: &ServeArgs) -> Result<Config> {
         drain_timeout: http.shutdown_timeout,
         limits: Limits {
             connections: http.max_connections,
+            keep_alive: http.keep_alive_timeout,
             request_time: some(http.request_timeout),
             ..Limits::default()
         },

@@ -26,6 +26,7 @@ use request::Rules;
 use status::Status;
 use step_loop::StepLoop;
 
+use crate::lifecycle::EngineLost;
 use crate::serving::{self, EventSink, EventStream, ModelInfo, Refusal, Serving, Snapshot, Submission};
 
 /// Most alternatives that are reported with a token.
@@ -185,7 +186,7 @@ impl Batched {
     pub fn start(
         batchable: Batchable,
         options: &BatchOptions,
-        lost: impl Fn(&str) + Send + 'static,
+        lost: impl Fn(EngineLost) + Send + 'static,
     ) -> Result<Self, BatchStartError> {
         let scheduler = Scheduler::new(batchable.config(options)?)?;
         let Batchable { device, model, end_tokens, padding_ids, .. } = batchable;

@@ -18,6 +18,7 @@ use super::device::{Done, Order};
 use super::request::{End, Rules, Running};
 use super::status::Status;
 use super::{Message, New};
+use crate::lifecycle::EngineLost;
 use crate::serving::{Failure, STEP_ROWS, TokenScore};
 
 /// How often deadlines are looked at while nothing else happens.
@@ -35,7 +36,7 @@ pub(super) struct StepLoop {
     rules: Rules,
     epoch: Instant,
     /// Hears why nothing is served any more.
-    lost: Box<dyn Fn(&str) + Send>,
+    lost: Box<dyn Fn(EngineLost) + Send>,
     requests: BTreeMap<RequestId, Running>,
     in_flight: VecDeque<Flight>,
     events: Vec<scheduler::Event>,
@@ -75,7 +76,7 @@ impl StepLoop {
         status: Arc<Status>,
         rules: Rules,
         epoch: Instant,
-        lost: Box<dyn Fn(&str) + Send>,
+        lost: Box<dyn Fn(EngineLost) + Send>,
     ) -> Self {
         Self {
             scheduler,
@@ -204,22 +205,22 @@ impl StepLoop {
                 if error.survived && self.failures < FAILURES {
                     self.events.push(scheduler::Event::StepFailed(done.id));
                 } else {
-                    self.lose(&reason);
+                    self.lose(reason, error.is_device_lost());
                 }
             }
         }
     }
 
     /// Nothing is served any more.
-    fn lose(&mut self, reason: &str) {
-        self.status.die(reason);
+    fn lose(&mut self, reason: String, is_device: bool) {
+        self.status.die(&reason);
         self.device = None;
         self.in_flight.clear();
         for request in self.requests.values_mut() {
-            request.explain(Failure::Engine(reason.to_owned()));
+            request.explain(Failure::Engine(reason.clone()));
         }
         self.events.push(scheduler::Event::EngineLost);
-        (self.lost)(reason);
+        (self.lost)(EngineLost { reason, is_device });
     }
 
     /// Hands scores to their requests; the outcome of each sample.
@@ -264,7 +265,7 @@ impl StepLoop {
         let step = match self.scheduler.step(now, self.events.drain(..)) {
             Ok(step) => step,
             Err(error) => {
-                self.lose(&format!("the step loop lost count: {error}"));
+                self.lose(format!("the step loop lost count: {error}"), false);
                 // What the scheduler does with the loss it does without an error.
                 self.scheduler.step(now, self.events.drain(..)).unwrap_or_default()
             }
@@ -336,7 +337,7 @@ impl StepLoop {
             }
         });
         if self.device.as_ref().is_none_or(|device| device.send(order).is_err()) {
-            self.lose("the device's thread has ended");
+            self.lose("the device's thread has ended".into(), false);
         }
     }
 
