@@ -44,8 +44,9 @@ pub use batch::{BatchOptions, BatchStartError, Batchable, Batched, Defaults, Que
 pub use config::{Config, Limits};
 pub use ledger::Outcome;
 pub use lifecycle::{Lifecycle, Phase};
+pub use longhaul_scheduler::NgramConfig;
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
     Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
-    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, Submission, TokenScore, channel,
+    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, SpeculationCounts, Submission, TokenScore, channel,
 };

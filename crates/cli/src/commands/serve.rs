@@ -58,6 +58,7 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
             OnOffArg::On => Some(true),
             OnOffArg::Off => Some(false),
         },
+        speculation: batch.speculative_config,
         no_prefix_cache: batch.no_enable_prefix_caching,
         step_timeout: args.model.nodes.step_timeout,
         queued_events: Limits::default().queued_events,
