@@ -145,9 +145,8 @@ fn the_container_runs_one_binary_as_nobody() {
     let unknown: Vec<String> = flags(&file)
         .difference(&known_flags())
         .filter(|flag| {
-            let others = [
-                "--build-arg", "--features", "--from", "--locked", "--offline", "--read-only", "--release",
-            ];
+            let others =
+                ["--build-arg", "--features", "--from", "--locked", "--offline", "--read-only", "--release"];
             !others.contains(&flag.as_str())
         })
         .cloned()
@@ -175,7 +174,9 @@ fn the_manifests_probe_drain_and_keep_everything_in() {
     assert!(unknown.is_empty(), "{unknown:?}");
     // The image's entry point is the command; no shell sees the arguments.
     assert!(container.get("command").is_none());
-    for (probe, path) in [("startupProbe", "/health"), ("livenessProbe", "/health"), ("readinessProbe", "/ready")] {
+    for (probe, path) in
+        [("startupProbe", "/health"), ("livenessProbe", "/health"), ("readinessProbe", "/ready")]
+    {
         assert_eq!(container[probe]["httpGet"]["path"], path);
         assert_eq!(container[probe]["httpGet"]["port"], container["ports"][0]["name"]);
     }

@@ -78,7 +78,13 @@ fn code(error: &anyhow::Error) -> u8 {
             return match error {
                 ServerError::Unauthenticated { .. } => USAGE,
                 ServerError::Bind { .. } | ServerError::Start(_) => OS,
-                ServerError::EngineLost(loss) => if loss.is_device { DEVICE_LOST } else { RESTART },
+                ServerError::EngineLost(loss) => {
+                    if loss.is_device {
+                        DEVICE_LOST
+                    } else {
+                        RESTART
+                    }
+                }
             };
         }
         if cause.is::<KeyError>() || cause.is::<TlsError>() {

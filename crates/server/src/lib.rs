@@ -47,9 +47,10 @@ pub use config::{Config, Limits};
 pub use endpoint::Endpoint;
 pub use ledger::Outcome;
 pub use lifecycle::{EngineLost, Lifecycle, Phase};
+pub use longhaul_scheduler::NgramConfig;
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
     Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
-    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, Submission, TokenScore, channel,
+    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, SpeculationCounts, Submission, TokenScore, channel,
 };
 pub use tls::{Tls, TlsError};

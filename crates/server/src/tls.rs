@@ -72,7 +72,8 @@ impl Tls {
             },
             error => malformed(key, &error),
         })?;
-        let pair = |error: RustlsError| TlsError::Pair {
+        let pair = |error: RustlsError| {
+            TlsError::Pair {
             certificate: certificate.into(),
             key: key.into(),
             message: match error {
@@ -82,6 +83,7 @@ impl Tls {
                 }
                 error => format!("{error}; give an RSA, ECDSA or Ed25519 certificate of version 3"),
             },
+        }
         };
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()

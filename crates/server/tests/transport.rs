@@ -133,7 +133,10 @@ fn pair(dir: &Path, name: &str) -> Pair {
     Pair { certificate, key, der: cert.der().clone() }
 }
 
-fn client(server: SocketAddr, trusted: &CertificateDer<'static>) -> StreamOwned<ClientConnection, std::net::TcpStream> {
+fn client(
+    server: SocketAddr,
+    trusted: &CertificateDer<'static>,
+) -> StreamOwned<ClientConnection, std::net::TcpStream> {
     let mut roots = RootCertStore::empty();
     roots.add(trusted.clone()).unwrap();
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -215,7 +218,8 @@ fn files_that_make_no_tls_are_named() {
         assert!(message.contains(culprit) && message.contains(words), "{message}");
     }
     // Both in one file are fine.
-    let both = std::fs::read_to_string(&own.certificate).unwrap() + &std::fs::read_to_string(&own.key).unwrap();
+    let both =
+        std::fs::read_to_string(&own.certificate).unwrap() + &std::fs::read_to_string(&own.key).unwrap();
     let both = file("both.pem", &both);
     Tls::from_files(&both, &both).unwrap();
 }
@@ -248,7 +252,10 @@ fn a_server_whose_engine_is_lost_fails_what_runs_and_ends() {
         lost.store(true, Ordering::SeqCst);
         streamed.read_to_end(&mut begun).unwrap();
         let events = parse_reply(&begun).events();
-        assert!(events.last().unwrap()["error"]["message"].as_str().unwrap().contains("fell off"), "{events:?}");
+        assert!(
+            events.last().unwrap()["error"]["message"].as_str().unwrap().contains("fell off"),
+            "{events:?}"
+        );
         assert_eq!(read_reply(whole).status, 500);
         match server.end() {
             Err(ServerError::EngineLost(found)) => assert_eq!(found, loss),

@@ -2,8 +2,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use longhaul_server::NgramConfig;
 
 use super::ModelArgs;
+use super::speculation::speculation;
 
 /// Serve the OpenAI API over HTTP
 #[derive(Debug, Args)]
@@ -107,6 +109,11 @@ pub struct BatchArgs {
     /// Plan the next step while one runs: auto where the device leaves the CPU alone
     #[arg(long, value_enum, default_value_t = OnOffArg::Auto, value_name = "auto|on|off")]
     pub async_scheduling: OnOffArg,
+    /// Speculative decoding: tokens are guessed from what followed the same words before, and computed together. The output is the
+    /// same; it pays where answers repeat their prompt. JSON: {"method": "ngram", "num_speculative_tokens": 5,
+    /// "prompt_lookup_max": 5, "prompt_lookup_min": 5}, of which the last two may be left out
+    #[arg(long, value_parser = speculation, value_name = "JSON")]
+    pub speculative_config: Option<NgramConfig>,
     /// Compute every prompt anew instead of keeping KV blocks for prompts that begin alike
     #[arg(long)]
     pub no_enable_prefix_caching: bool,

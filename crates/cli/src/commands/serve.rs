@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use longhaul_engine::{EngineError, KvPool, Loader, Precision};
 use longhaul_server::{
-    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Endpoint, Lifecycle, Limits, QueueLimits, Server, Serving, Tls,
+    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Endpoint, Lifecycle, Limits, QueueLimits,
+    Server, Serving, Tls,
 };
 
 use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
@@ -59,6 +60,7 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
             OnOffArg::On => Some(true),
             OnOffArg::Off => Some(false),
         },
+        speculation: batch.speculative_config,
         no_prefix_cache: batch.no_enable_prefix_caching,
         step_timeout: args.model.nodes.step_timeout,
         queued_events: Limits::default().queued_events,

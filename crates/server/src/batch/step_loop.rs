@@ -19,7 +19,7 @@ use super::request::{End, Rules, Running};
 use super::status::Status;
 use super::{Message, New};
 use crate::lifecycle::EngineLost;
-use crate::serving::{Failure, STEP_ROWS, TokenScore};
+use crate::serving::{Failure, STEP_ROWS, SpeculationCounts, TokenScore};
 
 /// How often deadlines are looked at while nothing else happens.
 const TICK: Duration = Duration::from_millis(20);
@@ -145,17 +145,14 @@ impl StepLoop {
         let scores_only = submission.max_tokens == 0;
         let request = Running::new(submission, sink, place, &self.rules);
         let submission = request.submission();
-        let mut prompt = submission.prompt.to_vec();
-        if scores_only {
+        let prompt = match submission.prompt.split_last() {
             // The last token's row would only draw.
-            prompt.pop();
-        }
+            Some((_, others)) if scores_only => others.into(),
+            _ => Arc::clone(&submission.prompt),
+        };
         let since = |at: Instant| at.saturating_duration_since(self.epoch);
         let plain = !request.looks_back();
         let submit = scheduler::Request {
-            bytes: prompt.len() * size_of::<u32>(),
-            prompt,
-            max_tokens: submission.max_tokens.max(1),
             choices: if scores_only { 1 } else { submission.n as usize },
             stop_tokens: request.stop_ids().to_vec(),
             priority,
@@ -163,8 +160,9 @@ impl StepLoop {
             cache: scheduler::CacheScope::Key,
             cache_salt: submission.cache_salt.as_deref().unwrap_or_default().as_bytes().to_vec(),
             run_ahead: plain,
+            speculate: plain,
             scored,
-            ..scheduler::Request::new(id, key, Vec::new(), 1)
+            ..scheduler::Request::new(id, key, prompt, submission.max_tokens.max(1))
         };
         self.requests.insert(id, request);
         self.events.push(scheduler::Event::Submit(submit));
@@ -419,6 +417,13 @@ impl StepLoop {
             snapshot.preemptions = now.preemptions;
             snapshot.prefix_queries = now.cache_queries;
             snapshot.prefix_hits = now.cache_hits;
+            snapshot.speculation = self.scheduler.config().speculation.map(|config| SpeculationCounts {
+                num_speculative_tokens: config.num_speculative_tokens,
+                drafts: now.drafts,
+                draft_tokens: now.draft_tokens,
+                accepted_tokens: now.accepted_tokens,
+                accepted_per_position: now.accepted_per_position,
+            });
         });
     }
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use longhaul_engine::SamplingParams;
 use longhaul_server::{
-    Config, Drained, Endpoint, Event, EventSink, EventStream, Failure, Finish, Lifecycle, ModelInfo, Refusal, Server,
-    ServerError, Serving, Snapshot, Submission, TokenScore, channel,
+    Config, Drained, Endpoint, Event, EventSink, EventStream, Failure, Finish, Lifecycle, ModelInfo, Refusal,
+    Server, ServerError, Serving, Snapshot, Submission, TokenScore, channel,
 };
 use longhaul_text::{ChatTemplate, SpecialTokens, Tokenizer};
 use serde_json::Value;
