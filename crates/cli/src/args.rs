@@ -5,6 +5,7 @@ mod bench;
 mod nodes;
 mod plan;
 mod serve;
+mod speculation;
 mod values;
 
 use std::num::NonZeroUsize;

@@ -7,7 +7,7 @@ use longhaul_backend::Error as BackendError;
 use longhaul_engine::EngineError;
 use longhaul_longdoc::LongdocError;
 use longhaul_model::ModelError;
-use longhaul_server::{KeyError, ServerError};
+use longhaul_server::{KeyError, ServerError, TlsError};
 
 use crate::output;
 
@@ -80,9 +80,16 @@ fn code(error: &anyhow::Error) -> u8 {
             return match error {
                 ServerError::Unauthenticated { .. } => USAGE,
                 ServerError::Bind { .. } | ServerError::Start(_) => OS,
+                ServerError::EngineLost(loss) => {
+                    if loss.is_device {
+                        DEVICE_LOST
+                    } else {
+                        RESTART
+                    }
+                }
             };
         }
-        if cause.is::<KeyError>() {
+        if cause.is::<KeyError>() || cause.is::<TlsError>() {
             return CONFIG;
         }
         if let Some(error) = cause.downcast_ref::<io::Error>() {

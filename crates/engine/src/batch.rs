@@ -94,6 +94,17 @@ pub struct BatchError {
     pub survived: bool,
 }
 
+impl BatchError {
+    /// Whether the device itself is lost, with whatever else.
+    pub fn is_device_lost(&self) -> bool {
+        let mut error = &*self.error;
+        while let EngineError::Rank { source, .. } = error {
+            error = source;
+        }
+        matches!(error.of_backend(), Some(longhaul_backend::Error::DeviceLost(_)))
+    }
+}
+
 /// What a step may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchLimits {

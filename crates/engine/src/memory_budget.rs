@@ -260,9 +260,7 @@ pub(crate) fn fit_with_pool(
     let most = match pool {
         KvPool::OneContext | KvPool::Memory => usize::MAX,
         KvPool::Blocks(blocks) => blocks,
-        KvPool::Bytes(most) => {
-            most_tokens(MOST_BLOCKS, &|blocks| bytes(&wanted, blocks) <= most).unwrap_or(0)
-        }
+        KvPool::Bytes(most) => largest(MOST_BLOCKS, 1, &|blocks| bytes(&wanted, blocks) <= most).unwrap_or(0),
     };
     let wanted = match most.saturating_mul(wanted.block_size()) {
         0 => return Err(too_small("holds not one block".into())),
@@ -283,7 +281,7 @@ pub(crate) fn fit_with_pool(
                 let budget = budget(&positions, blocks);
                 budget.fits() && (!on_host || budget.pool() <= MOST_ON_HOST)
             };
-            most_tokens(MOST_BLOCKS, &fits).unwrap_or(0).max(positions.blocks())
+            largest(MOST_BLOCKS, 1, &fits).unwrap_or(0).max(positions.blocks())
         }
     };
     let budget = budget(&positions, blocks);
@@ -318,7 +316,7 @@ pub(crate) fn fit(
     if full.fits() {
         return Ok((wanted, None));
     }
-    let most = most_tokens(wanted.max_model_len, &|tokens| {
+    let most = largest(wanted.max_model_len, TOKEN_STEP, &|tokens| {
         profile(tokens).is_ok_and(|positions| budget(&positions).fits())
     });
     match most {
@@ -351,19 +349,21 @@ fn shortage(device: &str, wanted: &PositionProfile, budget: &MemoryBudget, remed
     }
 }
 
-/// The largest multiple of 64 below `limit` that `fits`, which holds up to some length and not beyond.
-fn most_tokens(limit: usize, fits: &dyn Fn(usize) -> bool) -> Option<usize> {
-    const UNIT: usize = 64;
-    let (mut low, mut high) = (0, limit.div_ceil(UNIT));
+/// A context that shrinks is a multiple of this.
+const TOKEN_STEP: usize = 64;
+
+/// The largest multiple of `unit` below `limit` that `fits`, which holds up to some number and not beyond.
+fn largest(limit: usize, unit: usize, fits: &dyn Fn(usize) -> bool) -> Option<usize> {
+    let (mut low, mut high) = (0, limit.div_ceil(unit));
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        if fits(middle * UNIT) {
+        if fits(middle * unit) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    (low > 0).then_some(low * UNIT)
+    (low > 0).then_some(low * unit)
 }
 
 #[cfg(test)]
@@ -445,7 +445,8 @@ mod tests {
     fn the_search_finds_the_edge() {
         for edge in [0, 1, 64, 65, 127, 128, 1000, 4095] {
             let expected = (edge / 64 * 64).min(4096 - 64);
-            assert_eq!(most_tokens(4096, &|n| n <= edge), (expected > 0).then_some(expected), "{edge}");
+            assert_eq!(largest(4096, 64, &|n| n <= edge), (expected > 0).then_some(expected), "{edge}");
+            assert_eq!(largest(4096, 1, &|n| n <= edge), (edge > 0).then_some(edge), "{edge}");
         }
     }
 

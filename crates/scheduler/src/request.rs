@@ -1,4 +1,5 @@
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::plan::{StepId, StepResults};
@@ -29,7 +30,7 @@ pub struct Request {
     /// Who is billed.
     pub key: KeyId,
     /// Token ids of the prompt.
-    pub prompt: Vec<u32>,
+    pub prompt: Arc<[u32]>,
     /// Most tokens of each choice.
     pub max_tokens: usize,
     /// Choices, each a sequence of its own after the prompt (`n`).
@@ -63,7 +64,8 @@ pub struct Request {
 
 impl Request {
     /// A request of one choice with the usual settings.
-    pub fn new(id: RequestId, key: KeyId, prompt: Vec<u32>, max_tokens: usize) -> Self {
+    pub fn new(id: RequestId, key: KeyId, prompt: impl Into<Arc<[u32]>>, max_tokens: usize) -> Self {
+        let prompt = prompt.into();
         let bytes = prompt.len() * size_of::<u32>();
         Self {
             id,

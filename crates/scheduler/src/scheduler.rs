@@ -218,7 +218,6 @@ impl Scheduler {
             let Config { cache_identity, block_size, .. } = &self.config;
             root_hash(cache_identity, *block_size, &request.cache, key, &request.cache_salt)
         });
-        let prompt: Arc<[u32]> = prompt.into();
         let speculation = self.config.speculation.filter(|_| request.speculate);
         let secret = &self.config.cache_identity.secret;
         let lookup = |first| speculation.map(|config| NgramIndex::new(config, secret, first));

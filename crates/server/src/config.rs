@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::auth::ApiKeys;
+use crate::tls::Tls;
 
 /// Settings of a server.
 #[derive(Debug, Clone)]
@@ -13,6 +14,8 @@ pub struct Config {
     pub api_keys: ApiKeys,
     /// Serve everybody on an address that other machines reach, without keys.
     pub allow_unauthenticated: bool,
+    /// Speak TLS, with this certificate.
+    pub tls: Option<Tls>,
     /// Host names that requests may be addressed to; empty = any, but on a loopback address without keys only that machine's
     /// own names, so that no web page can call the API through a name of its own.
     pub allowed_hosts: Vec<String>,
@@ -40,6 +43,7 @@ impl Default for Config {
             served_model_names: Vec::new(),
             api_keys: ApiKeys::default(),
             allow_unauthenticated: false,
+            tls: None,
             allowed_hosts: Vec::new(),
             request_id_headers: false,
             force_include_usage: false,
@@ -58,8 +62,12 @@ impl Default for Config {
 pub struct Limits {
     /// Connections open at once; more wait in the listener's backlog.
     pub connections: usize,
-    /// Time for the head of a request, also between requests of a connection.
+    /// Time for the handshake of TLS.
+    pub handshake_time: Duration,
+    /// Time for the head of a request, from its first byte on; of the first request, from the connection's beginning.
     pub header_time: Duration,
+    /// Time between two requests of a connection.
+    pub keep_alive: Duration,
     /// Time without a byte of a body.
     pub body_idle: Duration,
     /// Time for a whole body.
@@ -94,7 +102,10 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 4096,
+            handshake_time: Duration::from_secs(10),
             header_time: Duration::from_secs(10),
+            // Longer than the 60 s of common load balancers: who closes first may lose a request.
+            keep_alive: Duration::from_secs(75),
             body_idle: Duration::from_secs(15),
             body_time: Duration::from_secs(60),
             write_time: Duration::from_secs(30),

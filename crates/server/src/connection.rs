@@ -8,14 +8,20 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use hyper::body::{Frame, SizeHint};
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use crate::config::Limits;
 use crate::server::App;
 
 /// Largest head of a request, and the read buffer of a connection.
@@ -24,13 +30,47 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 64;
 
+/// Bytes of an answer that the kernel takes before they can be sent: enough for a fast reader, and not the megabytes that
+/// it would keep for each reader that takes none.
+#[cfg(target_os = "linux")]
+const UNSENT_BYTES: u32 = 64 << 10;
+
 /// Pause after an `accept` that failed: the process has no file descriptor left, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where connections come from.
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A connection, of whatever kind.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+type BoxStream = Box<dyn Stream>;
+
+impl Listener {
+    async fn accept(&self) -> io::Result<BoxStream> {
+        Ok(match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                // Small events must not wait for each other; a connection without the options works all the same.
+                let _ = stream.set_nodelay(true);
+                #[cfg(target_os = "linux")]
+                let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
+                Box::new(stream)
+            }
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
+}
 
 /// Accepts connections until `closing` is true. Connections beyond the limit wait in the listener's backlog.
 pub(crate) async fn accept(
     app: Arc<App>,
-    listener: TcpListener,
+    listener: Listener,
     router: Router,
     permits: Arc<Semaphore>,
     mut closing: watch::Receiver<bool>,
@@ -46,14 +86,9 @@ pub(crate) async fn accept(
             _ = closing.wait_for(|closing| *closing) => return,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok(stream) => {
                 let (app, router, closing) = (Arc::clone(&app), router.clone(), closing.clone());
-                tokio::spawn(async move {
-                    app.metrics.connections.fetch_add(1, Ordering::Relaxed);
-                    serve(&app, stream, router, closing).await;
-                    app.metrics.connections.fetch_sub(1, Ordering::Relaxed);
-                    drop(permit);
-                });
+                tokio::spawn(connection(app, stream, router, permit, closing));
             }
             Err(_) => {
                 app.metrics.accept_errors.fetch_add(1, Ordering::Relaxed);
@@ -63,29 +98,134 @@ pub(crate) async fn accept(
     }
 }
 
-async fn serve(app: &App, stream: TcpStream, router: Router, mut closing: watch::Receiver<bool>) {
-    // Small events must not wait for each other; a connection without the option works all the same.
-    let _ = stream.set_nodelay(true);
-    let limits = &app.config.limits;
-    let io = TokioIo::new(Timed { stream, limit: limits.write_time, stalled: None });
+async fn connection(
+    app: Arc<App>,
+    stream: BoxStream,
+    router: Router,
+    permit: OwnedSemaphorePermit,
+    closing: watch::Receiver<bool>,
+) {
+    app.metrics.connections.fetch_add(1, Ordering::Relaxed);
+    if let Some(stream) = secured(&app, stream).await {
+        serve(&app.config.limits, stream, router, closing).await;
+    }
+    app.metrics.connections.fetch_sub(1, Ordering::Relaxed);
+    drop(permit);
+}
+
+/// The stream inside TLS, where that is spoken; none when the client does not manage the handshake.
+async fn secured(app: &App, stream: BoxStream) -> Option<BoxStream> {
+    let Some(tls) = &app.config.tls else { return Some(stream) };
+    match timeout(app.config.limits.handshake_time, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => Some(Box::new(stream)),
+        Ok(Err(_)) | Err(_) => {
+            app.metrics.handshake_errors.fetch_add(1, Ordering::Relaxed);
+            None
+        }
+    }
+}
+
+async fn serve(limits: &Limits, stream: BoxStream, router: Router, mut closing: watch::Receiver<bool>) {
+    let phase = Arc::new(watch::Sender::new(Phase::Head));
+    let timed = Timed { stream, phase: Arc::clone(&phase), limit: limits.write_time, stalled: None };
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|request| {
+        phase.send_replace(Phase::Busy);
+        // Made before the answer, so that a handler that ends without one leaves it, too.
+        let busy = Busy(Arc::clone(&phase));
+        let answer = hyper::service::Service::call(&router, request);
+        async move {
+            let response = answer.await?;
+            Ok::<_, std::convert::Infallible>(response.map(|body| Answered { body, _busy: busy }))
+        }
+    });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_time)
+        // `overdue` has them all, and tells a request's head from the time between two.
+        .header_read_timeout(None)
         .max_buf_size(MAX_HEAD_BYTES)
         .max_headers(MAX_HEADERS)
-        .serve_connection(io, TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(timed), service);
     let mut connection = std::pin::pin!(connection);
     // How a connection ends is the client's affair: the ledger books what became of its requests.
     tokio::select! {
         _ = connection.as_mut() => return,
+        () = overdue(phase.subscribe(), limits) => return,
         _ = closing.wait_for(|closing| *closing) => connection.as_mut().graceful_shutdown(),
     }
-    let _ = connection.await;
+    tokio::select! {
+        _ = connection => {}
+        () = overdue(phase.subscribe(), limits) => {}
+    }
 }
 
-/// A stream whose writes fail when the peer takes nothing for a while.
+/// What a connection waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The rest of a request's head, or the first one.
+    Head,
+    /// The answer.
+    Busy,
+    /// The next request.
+    Idle,
+}
+
+/// Ends when a connection has been waiting for its client for too long.
+async fn overdue(mut phase: watch::Receiver<Phase>, limits: &Limits) {
+    loop {
+        let limit = match *phase.borrow_and_update() {
+            Phase::Head => limits.header_time,
+            Phase::Idle => limits.keep_alive,
+            // Bodies, answers and their reading have limits of their own.
+            Phase::Busy => Duration::MAX,
+        };
+        if let Ok(changed) = timeout(limit, phase.changed()).await
+            && changed.is_ok()
+        {
+            continue;
+        }
+        return;
+    }
+}
+
+/// While it lives, a request is being answered.
+struct Busy(Arc<watch::Sender<Phase>>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.send_replace(Phase::Idle);
+    }
+}
+
+/// A body whose end begins the time until the next request.
+struct Answered {
+    body: Body,
+    _busy: Busy,
+}
+
+impl HttpBody for Answered {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A stream that tells when a next request begins, and whose writes fail when the peer takes nothing for a while.
 struct Timed {
-    stream: TcpStream,
+    stream: BoxStream,
+    phase: Arc<watch::Sender<Phase>>,
     limit: Duration,
     /// Runs while a write waits.
     stalled: Option<Pin<Box<Sleep>>>,
@@ -95,6 +235,8 @@ impl Timed {
     fn check<T>(&mut self, cx: &mut Context<'_>, poll: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if poll.is_ready() {
             self.stalled = None;
+            // An answer that is still being read began no pause: its time starts again.
+            self.phase.send_if_modified(|phase| *phase == Phase::Idle);
             return poll;
         }
         let limit = self.limit;
@@ -113,7 +255,18 @@ impl AsyncRead for Timed {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let poll = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.phase.send_if_modified(|phase| {
+                let begins = *phase == Phase::Idle;
+                if begins {
+                    *phase = Phase::Head;
+                }
+                begins
+            });
+        }
+        poll
     }
 }
 

@@ -22,6 +22,7 @@ mod batch;
 mod choice;
 mod config;
 mod connection;
+mod endpoint;
 mod error;
 mod handlers;
 mod host;
@@ -38,14 +39,18 @@ mod router;
 mod server;
 mod serving;
 mod sse;
+mod tls;
 
 pub use auth::{ApiKeys, KeyError};
 pub use batch::{BatchOptions, BatchStartError, Batchable, Batched, Defaults, QueueLimits, StepDevice};
 pub use config::{Config, Limits};
+pub use endpoint::Endpoint;
 pub use ledger::Outcome;
-pub use lifecycle::{Lifecycle, Phase};
+pub use lifecycle::{EngineLost, Lifecycle, Phase};
+pub use longhaul_scheduler::NgramConfig;
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
     Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
-    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, Submission, TokenScore, channel,
+    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, SpeculationCounts, Submission, TokenScore, channel,
 };
+pub use tls::{Tls, TlsError};

@@ -26,6 +26,16 @@ pub struct Lifecycle {
     phase: Arc<watch::Sender<Phase>>,
     progress: Arc<(AtomicU64, AtomicU64)>,
     abandoned: Arc<watch::Sender<bool>>,
+    lost: Arc<watch::Sender<Option<EngineLost>>>,
+}
+
+/// Why nothing is served any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineLost {
+    /// In words.
+    pub reason: String,
+    /// Whether it was the device: the next process may lose it again.
+    pub is_device: bool,
 }
 
 impl Default for Lifecycle {
@@ -34,6 +44,7 @@ impl Default for Lifecycle {
             phase: Arc::new(watch::Sender::new(Phase::Loading)),
             progress: Arc::default(),
             abandoned: Arc::new(watch::Sender::new(false)),
+            lost: Arc::new(watch::Sender::new(None)),
         }
     }
 }
@@ -69,6 +80,24 @@ impl Lifecycle {
     pub(crate) async fn abandoned(&self) {
         // The sender lives as long as this value.
         let _ = self.abandoned.subscribe().wait_for(|abandoned| *abandoned).await;
+    }
+
+    /// The engine is lost: what runs fails, and the server ends with an error. Only the first loss counts.
+    pub fn lose(&self, loss: EngineLost) {
+        self.lost.send_if_modified(|lost| {
+            let first = lost.is_none();
+            lost.get_or_insert(loss);
+            first
+        });
+    }
+
+    pub(crate) async fn lost(&self) -> EngineLost {
+        let mut lost = self.lost.subscribe();
+        match lost.wait_for(Option::is_some).await.ok().and_then(|lost| lost.clone()) {
+            Some(loss) => loss,
+            // The sender lives as long as this value.
+            None => std::future::pending().await,
+        }
     }
 
     /// The stage now.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::ledger::Ledger;
-use crate::serving::{ModelInfo, Snapshot};
+use crate::serving::{ModelInfo, Snapshot, SpeculationCounts};
 
 const TTFT: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -86,6 +86,7 @@ pub(crate) struct Metrics {
     pub(crate) panics: AtomicU64,
     pub(crate) connections: AtomicU64,
     pub(crate) accept_errors: AtomicU64,
+    pub(crate) handshake_errors: AtomicU64,
     /// Bytes of bodies that are being read or parsed, rounded up to KiB each.
     pub(crate) body_bytes: AtomicU64,
     rejections: Mutex<BTreeMap<&'static str, u64>>,
@@ -125,6 +126,7 @@ impl Default for Metrics {
             panics: counter(),
             connections: counter(),
             accept_errors: counter(),
+            handshake_errors: counter(),
             body_bytes: counter(),
             rejections: Mutex::default(),
             finished: Mutex::default(),
@@ -298,6 +300,11 @@ impl Metrics {
             "Connections that could not be accepted.",
             load(&self.accept_errors),
         );
+        out.counter(
+            "longhaul_handshake_errors",
+            "Connections that failed or took too long in the handshake of TLS.",
+            load(&self.handshake_errors),
+        );
         out.gauge("longhaul_body_bytes", "Bodies being read or parsed.", load(&self.body_bytes) as f64);
         out.counter("longhaul_panics", "Handlers that panicked.", load(&self.panics));
         out.gauge("longhaul_uptime_seconds", "Since the port was bound.", started.elapsed().as_secs_f64());
@@ -321,6 +328,26 @@ fn engine(out: &mut Exposition, model: &ModelInfo, snapshot: Snapshot) {
     out.counter("vllm:gpu_prefix_cache_queries", "The same under its old name.", snapshot.prefix_queries);
     out.counter("vllm:gpu_prefix_cache_hits", "The same under its old name.", snapshot.prefix_hits);
     out.counter("longhaul_steps", "Steps computed.", snapshot.steps);
+    if let Some(counts) = &snapshot.speculation {
+        speculation(out, counts);
+    }
+}
+
+fn speculation(out: &mut Exposition, counts: &SpeculationCounts) {
+    out.counter("vllm:spec_decode_num_drafts", "Drafts of speculative decoding.", counts.drafts);
+    out.counter("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.", counts.draft_tokens);
+    out.counter(
+        "vllm:spec_decode_num_accepted_tokens",
+        "Drafted tokens that were drawn.",
+        counts.accepted_tokens,
+    );
+    let name = "vllm:spec_decode_num_accepted_tokens_per_pos_total";
+    out.head(name, "counter", "Drafted tokens that were drawn, by their place in the draft.");
+    for (position, count) in
+        counts.accepted_per_position.iter().take(counts.num_speculative_tokens).enumerate()
+    {
+        out.sample(name, &format!("position=\"{position}\""), *count as f64);
+    }
 }
 
 /// The text, and the labels that every sample carries.

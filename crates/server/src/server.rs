@@ -1,7 +1,6 @@
 //! From bind to exit.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -11,7 +10,8 @@ use tokio::time::timeout;
 
 use crate::config::Config;
 use crate::connection;
-use crate::lifecycle::Lifecycle;
+use crate::endpoint::{Bound, Endpoint};
+use crate::lifecycle::{EngineLost, Lifecycle};
 use crate::metrics::Metrics;
 use crate::prompt::TextPool;
 use crate::router;
@@ -38,25 +38,28 @@ pub(crate) struct App {
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The port is taken, or not ours to take.
-    #[error("cannot listen on {address}: {source}; choose another --host or --port")]
+    #[error("cannot listen on {endpoint}: {source}; {}", .endpoint.remedy())]
     Bind {
-        /// The address.
-        address: SocketAddr,
+        /// The place.
+        endpoint: Endpoint,
         /// The system's reason.
         source: io::Error,
     },
     /// Everybody on the network could call the API.
     #[error(
-        "{address} is reachable from other machines and there is no API key; give keys (--api-key-file), listen on \
+        "{endpoint} is reachable from other machines and there is no API key; give keys (--api-key-file), listen on \
          127.0.0.1, or say --allow-unauthenticated"
     )]
     Unauthenticated {
-        /// The address.
-        address: SocketAddr,
+        /// The place.
+        endpoint: Endpoint,
     },
     /// The runtime could not be started.
     #[error("cannot start the server: {0}")]
     Start(#[source] io::Error),
+    /// Nothing is served any more; what ran has failed, and the process should be started again.
+    #[error("the engine is lost: {}", .0.reason)]
+    EngineLost(EngineLost),
 }
 
 /// How a server ended.
@@ -68,29 +71,31 @@ pub struct Drained {
 
 /// A server whose port is bound.
 pub struct Server {
-    listener: TcpListener,
-    address: SocketAddr,
+    bound: Bound,
+    endpoint: Endpoint,
     app: Arc<App>,
+    on_stop: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Server {
-    /// Binds the port. Connections are accepted from then on, and answered once [`Server::run`] runs.
+    /// Binds the endpoint. Connections are accepted from then on, and answered once [`Server::run`] runs.
     ///
     /// # Errors
     /// [`ServerError::Bind`], and [`ServerError::Unauthenticated`] before anything is bound.
-    pub fn bind(address: SocketAddr, mut config: Config) -> Result<Self, ServerError> {
+    pub fn bind(endpoint: impl Into<Endpoint>, mut config: Config) -> Result<Self, ServerError> {
+        let endpoint = endpoint.into();
         let open = config.api_keys.is_empty();
-        let local = address.ip().is_loopback();
+        let local = endpoint.is_local();
         if open && !local && !config.allow_unauthenticated {
-            return Err(ServerError::Unauthenticated { address });
+            return Err(ServerError::Unauthenticated { endpoint });
         }
-        if open && local && config.allowed_hosts.is_empty() {
+        // No web page can reach a socket in the file system.
+        if open && local && config.allowed_hosts.is_empty() && matches!(endpoint, Endpoint::Tcp(_)) {
             config.allowed_hosts = LOCAL_NAMES.map(str::to_owned).into();
         }
-        let failed = |source| ServerError::Bind { address, source };
-        let listener = TcpListener::bind(address).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let bound = listener.local_addr().map_err(failed)?;
+        let failed = |source| ServerError::Bind { endpoint: endpoint.clone(), source };
+        let bound = Bound::new(&endpoint).map_err(failed)?;
+        let endpoint = bound.endpoint().map_err(failed)?;
         let limits = &config.limits;
         let app = App {
             lifecycle: Lifecycle::default(),
@@ -101,12 +106,26 @@ impl Server {
             created: unix_seconds(),
             config,
         };
-        Ok(Self { listener, address: bound, app: Arc::new(app) })
+        Ok(Self { bound, endpoint, app: Arc::new(app), on_stop: None })
     }
 
-    /// The address that is bound: with port 0, the one that the system chose.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    /// Calls `told` when the end was asked for, before anything is refused.
+    pub fn on_stop(self, told: impl FnOnce() + Send + 'static) -> Self {
+        Self { on_stop: Some(Box::new(told)), ..self }
+    }
+
+    /// Where it listens: with port 0, with the one that the system chose.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// [`Self::endpoint`] as a client writes it.
+    pub fn url(&self) -> String {
+        let scheme = if self.app.config.tls.is_some() { "https" } else { "http" };
+        match &self.endpoint {
+            Endpoint::Tcp(address) => format!("{scheme}://{address}"),
+            Endpoint::Unix(path) => format!("{scheme}+unix:{}", path.display()),
+        }
     }
 
     /// The handle by which the model is announced.
@@ -117,7 +136,7 @@ impl Server {
     /// Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain at once.
     ///
     /// # Errors
-    /// [`ServerError::Start`].
+    /// [`ServerError::Start`], [`ServerError::EngineLost`].
     pub fn run(self) -> Result<Drained, ServerError> {
         let runtime = runtime()?;
         runtime.block_on(async move {
@@ -139,30 +158,40 @@ impl Server {
     /// As [`Server::run`], with messages instead of signals. All senders gone is not a message.
     ///
     /// # Errors
-    /// [`ServerError::Start`].
+    /// As [`Server::run`].
     pub fn run_until(self, stops: mpsc::Receiver<()>) -> Result<Drained, ServerError> {
         runtime()?.block_on(self.serve(stops))
     }
 
     async fn serve(self, mut stops: mpsc::Receiver<()>) -> Result<Drained, ServerError> {
         let app = self.app;
-        let listener = tokio::net::TcpListener::from_std(self.listener).map_err(ServerError::Start)?;
+        let (listener, _file) = self.bound.listener().map_err(ServerError::Start)?;
         let connections = app.config.limits.connections.clamp(1, u32::MAX as usize >> 3);
         let permits = Arc::new(Semaphore::new(connections));
         let (close, closing) = watch::channel(false);
         let router = router::router(Arc::clone(&app));
         tokio::spawn(connection::accept(Arc::clone(&app), listener, router, Arc::clone(&permits), closing));
 
-        tokio::select! {
-            () = stopped(&mut stops) => {}
+        let ending = async {
+            stopped(&mut stops).await;
+            self.on_stop.into_iter().for_each(|told| told());
+            drain(&app, &mut stops).await
+        };
+        let end = tokio::select! {
+            cut = ending => Ok(Drained { cut }),
             () = app.lifecycle.abandoned() => return Ok(Drained { cut: 0 }),
+            loss = app.lifecycle.lost() => Err(loss),
+        };
+        if end.is_err() {
+            app.lifecycle.drain();
+            // Whoever waits or runs hears of it by an event; then nothing is left to wait for.
+            let _ = timeout(FLUSH_TIME, app.metrics.ledger.idle()).await;
         }
-        let cut = drain(&app, &mut stops).await;
         // No connection is accepted any more; those that are open finish writing.
         close.send_replace(true);
         let all = permits.acquire_many(connections as u32);
         let _ = timeout(FLUSH_TIME, all).await;
-        Ok(Drained { cut })
+        end.map_err(ServerError::EngineLost)
     }
 }
 

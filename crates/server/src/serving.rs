@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use longhaul_engine::SamplingParams;
+use longhaul_scheduler::NgramConfig;
 use longhaul_text::{ChatTemplate, Tokenizer};
 use tokio::sync::mpsc;
 
@@ -283,12 +284,23 @@ pub struct Snapshot {
     pub step_rows: [u64; STEP_ROWS.len() + 1],
     /// Rows of all steps.
     pub step_rows_sum: u64,
-    /// Times that tokens were guessed ahead of the model (speculative decoding), ever.
+    /// Speculative decoding, where it is on.
+    pub speculation: Option<SpeculationCounts>,
+}
+
+/// What became of tokens that were guessed ahead of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpeculationCounts {
+    /// Most tokens of a draft.
+    pub num_speculative_tokens: usize,
+    /// Drafts, ever.
     pub drafts: u64,
-    /// Tokens guessed.
+    /// Tokens of these.
     pub draft_tokens: u64,
     /// Of those, accepted.
     pub accepted_tokens: u64,
+    /// Of those, at each place of a draft.
+    pub accepted_per_position: [u64; NgramConfig::MAX_TOKENS],
 }
 
 #[derive(Default)]

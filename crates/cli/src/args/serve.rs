@@ -2,8 +2,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use longhaul_server::NgramConfig;
 
 use super::ModelArgs;
+use super::speculation::speculation;
 
 /// Serve the OpenAI API over HTTP
 #[derive(Debug, Args)]
@@ -32,6 +34,15 @@ pub struct HttpArgs {
     /// Port to listen on; 0 = a free one, which is printed
     #[arg(long, default_value_t = 8000, value_name = "PORT")]
     pub port: u16,
+    /// Listen on a socket in the file system instead; who may open the file may call
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["host", "port"])]
+    pub uds: Option<PathBuf>,
+    /// Speak TLS, with the certificate chain of this PEM file, the server's own certificate first
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+    /// The certificate's private key, PEM [default: in the file of --ssl-certfile]
+    #[arg(long, value_name = "FILE", requires = "ssl_certfile")]
+    pub ssl_keyfile: Option<PathBuf>,
     /// Names of the model in the API; the first is the one in answers [default: what --model says]
     #[arg(long, num_args = 1.., value_name = "NAME")]
     pub served_model_name: Vec<String>,
@@ -69,6 +80,9 @@ pub struct HttpArgs {
     /// Open connections; more wait
     #[arg(long, default_value_t = 4096, value_parser = positive, value_name = "N")]
     pub max_connections: usize,
+    /// Time between two requests of a connection
+    #[arg(long, value_parser = seconds, default_value = "75", env = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", value_name = "SECONDS")]
+    pub keep_alive_timeout: Duration,
     /// Longest request, waiting and running; 0 = no limit
     #[arg(long, value_parser = seconds, default_value = "0", value_name = "SECONDS")]
     pub request_timeout: Duration,
@@ -95,6 +109,11 @@ pub struct BatchArgs {
     /// Plan the next step while one runs: auto where the device leaves the CPU alone
     #[arg(long, value_enum, default_value_t = OnOffArg::Auto, value_name = "auto|on|off")]
     pub async_scheduling: OnOffArg,
+    /// Speculative decoding: tokens are guessed from what followed the same words before, and computed together. The output is the
+    /// same; it pays where answers repeat their prompt. JSON: {"method": "ngram", "num_speculative_tokens": 5,
+    /// "prompt_lookup_max": 5, "prompt_lookup_min": 5}, of which the last two may be left out
+    #[arg(long, value_parser = speculation, value_name = "JSON")]
+    pub speculative_config: Option<NgramConfig>,
     /// Compute every prompt anew instead of keeping KV blocks for prompts that begin alike
     #[arg(long)]
     pub no_enable_prefix_caching: bool,

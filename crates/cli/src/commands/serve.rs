@@ -7,12 +7,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use longhaul_engine::{EngineError, Generate, KvPool, Loader, Precision};
 use longhaul_server::{
-    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Lifecycle, Limits, QueueLimits, Server,
+    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Endpoint, Lifecycle, Limits, QueueLimits,
+    Server, Serving, Tls,
 };
 
 use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
 use crate::exit::{self, UsageError};
 use crate::output::tell;
+use crate::systemd::Notifier;
 
 /// Variables that may hold one API key.
 const KEY_VARIABLES: [&str; 2] = ["LONGHAUL_API_KEY", "VLLM_API_KEY"];
@@ -59,6 +61,7 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
             OnOffArg::On => Some(true),
             OnOffArg::Off => Some(false),
         },
+        speculation: batch.speculative_config,
         no_prefix_cache: batch.no_enable_prefix_caching,
         step_timeout: args.model.nodes.step_timeout,
         queued_events: Limits::default().queued_events,
@@ -69,13 +72,16 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
 pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     let model = model(args);
     let loader = loader(args)?;
-    let address = address(&args.http.host, args.http.port)?;
-    let server = Server::bind(address, config(args)?)?;
-    tell(format_args!("listening on http://{}, loading {}", server.address(), model.model));
+    let server = Server::bind(endpoint(args)?, config(args)?)?;
+    tell(format_args!("listening on {}, loading {}", server.url(), model.model));
     if args.http.allow_unauthenticated {
         tell("warning: --allow-unauthenticated: everybody who reaches this port may use it");
     }
 
+    let notifier = Arc::new(Notifier::from_env().context("NOTIFY_SOCKET: cannot be sent to")?);
+    notifier.status(&format!("loading {}", model.model));
+    let told = Arc::clone(&notifier);
+    let server = server.on_stop(move || told.stopping());
     let lifecycle = server.lifecycle();
     let batch = batch_options(args);
     let defaults = match args.http.generation_config {
@@ -83,7 +89,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
         GenerationConfigArg::Neutral => Defaults::Neutral,
     };
     let loading = std::thread::Builder::new().name("longhaul-load".into()).spawn(move || {
-        let result = load(&loader, &model.model, &lifecycle, &batch, defaults);
+        let result = load(&loader, &model.model, &lifecycle, &batch, defaults, &notifier);
         if result.is_err() {
             lifecycle.abandon();
         }
@@ -108,8 +114,16 @@ fn load(
     lifecycle: &Lifecycle,
     batch: &BatchOptions,
     defaults: Defaults,
+    notifier: &Arc<Notifier>,
 ) -> Result<()> {
-    let engine = loader.load(&mut |done, total| lifecycle.progress(done, total))?;
+    let mut told = 0;
+    let engine = loader.load(&mut |done, total| {
+        lifecycle.progress(done, total);
+        let percent = done * 100 / total.max(1);
+        if percent > std::mem::replace(&mut told, percent) {
+            notifier.status(&format!("loading {root}: {percent} %"));
+        }
+    })?;
     engine.notes().iter().for_each(|note| tell(format_args!("note: {note}")));
     let device = engine.device().to_owned();
     let longest = engine.max_model_len();
@@ -120,12 +134,43 @@ fn load(
             "note: the KV pool holds {fits} tokens, so that is the longest context, not the model's {longest}"
         ));
     }
-    // The health check says so; whoever supervises the process starts it again.
-    let serving =
-        Batched::start(batchable, batch, |reason| tell(format_args!("error: the engine is lost: {reason}")))?;
-    lifecycle.ready(Arc::new(serving));
+    let losing = lifecycle.clone();
+    let serving = Batched::start(batchable, batch, move |loss| losing.lose(loss))?;
+    let serving = Arc::new(serving);
+    lifecycle.ready(Arc::clone(&serving) as Arc<dyn Serving>);
+    notifier.ready(&format!("serving {root} on {device}"));
+    watch(notifier, serving)?;
     tell(format_args!("ready: {root} on {device}"));
     Ok(())
+}
+
+/// Tells a service manager that listens for it, as long as the engine makes progress.
+fn watch(notifier: &Arc<Notifier>, serving: Arc<dyn Serving>) -> Result<()> {
+    let Some(period) = notifier.watchdog() else { return Ok(()) };
+    let notifier = Arc::clone(notifier);
+    std::thread::Builder::new().name("longhaul-watchdog".into()).spawn(move || {
+        loop {
+            match serving.health() {
+                Ok(()) => notifier.alive(),
+                Err(reason) => notifier.status(&reason),
+            }
+            std::thread::sleep(period);
+        }
+    })?;
+    Ok(())
+}
+
+fn endpoint(args: &ServeArgs) -> Result<Endpoint> {
+    match &args.http.uds {
+        Some(path) => Ok(Endpoint::Unix(path.clone())),
+        None => Ok(Endpoint::Tcp(address(&args.http.host, args.http.port)?)),
+    }
+}
+
+fn tls(args: &ServeArgs) -> Result<Option<Tls>> {
+    let Some(certificate) = &args.http.ssl_certfile else { return Ok(None) };
+    let key = args.http.ssl_keyfile.as_ref().unwrap_or(certificate);
+    Tls::from_files(certificate, key).map(Some).context("--ssl-certfile, --ssl-keyfile")
 }
 
 fn address(host: &str, port: u16) -> Result<SocketAddr> {
@@ -143,6 +188,7 @@ fn config(args: &ServeArgs) -> Result<Config> {
         served_model_names: http.served_model_name.clone(),
         api_keys: keys(args)?,
         allow_unauthenticated: http.allow_unauthenticated,
+        tls: tls(args)?,
         allowed_hosts: http.allowed_hosts.clone(),
         request_id_headers: http.enable_request_id_headers,
         force_include_usage: http.enable_force_include_usage,
@@ -153,6 +199,7 @@ fn config(args: &ServeArgs) -> Result<Config> {
         drain_timeout: http.shutdown_timeout,
         limits: Limits {
             connections: http.max_connections,
+            keep_alive: http.keep_alive_timeout,
             request_time: some(http.request_timeout),
             ..Limits::default()
         },

@@ -12,7 +12,7 @@ use crate::harness::{Harness, choice, config, prompt};
 fn what_can_never_run_is_refused_at_once() {
     type Break = fn(&mut longhaul_scheduler::Request);
     let cases: [(Break, &str); 7] = [
-        (|r| r.prompt.clear(), "prompt has no tokens"),
+        (|r| r.prompt = [].into(), "prompt has no tokens"),
         (|r| r.max_tokens = 0, "max_tokens must be at least 1"),
         (|r| r.choices = 17, "n is 17; must be 1 to 16"),
         (|r| r.choices = 0, "n is 0; must be 1 to 16"),

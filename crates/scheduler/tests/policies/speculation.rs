@@ -45,7 +45,7 @@ impl Speaker {
     ) -> RequestId {
         let mut request = Request { speculate: true, ..self.h.request(key, prompt.to_vec(), max_tokens) };
         change(&mut request);
-        self.prompts.insert(request.id, request.prompt.clone());
+        self.prompts.insert(request.id, request.prompt.to_vec());
         self.h.send(request)
     }
 

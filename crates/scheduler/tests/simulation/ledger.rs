@@ -107,7 +107,7 @@ impl Ledger {
     pub fn draft(&self, id: SequenceId, config: NgramConfig) -> Vec<u32> {
         let Some(row) = self.rows.get(&id.request) else { return Vec::new() };
         let Some(choice) = row.choices.get(id.choice as usize) else { return Vec::new() };
-        let tokens = [row.request.prompt.as_slice(), choice.tokens.as_slice()].concat();
+        let tokens = [&row.request.prompt[..], choice.tokens.as_slice()].concat();
         let lookup = |size: usize| {
             let first = tokens.len().checked_sub(size).filter(|&first| first > 0)?;
             let at = (0..first).rev().find(|&at| tokens[at..at + size] == tokens[first..])?;

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use longhaul_engine::{Engine, Generate, SamplingParams};
-use longhaul_scheduler::{CacheIdentity, Config, ConfigError, KeyId, RequestId, Scheduler};
+use longhaul_scheduler::{CacheIdentity, Config, ConfigError, KeyId, NgramConfig, RequestId, Scheduler};
 
 pub use admission::QueueLimits;
 use admission::{Admission, Place};
@@ -26,6 +26,7 @@ use request::Rules;
 use status::Status;
 use step_loop::StepLoop;
 
+use crate::lifecycle::EngineLost;
 use crate::serving::{self, EventSink, EventStream, ModelInfo, Refusal, Serving, Snapshot, Submission};
 
 /// Most alternatives that are reported with a token.
@@ -57,6 +58,9 @@ pub struct BatchOptions {
     pub max_mixed_prefill_rows: Option<usize>,
     /// Whether the next step is planned while one runs; by default on devices that leave the CPU alone.
     pub async_scheduling: Option<bool>,
+    /// How tokens are guessed ahead of the model, for requests whose draws do not depend on earlier tokens. What is drawn is the
+    /// same.
+    pub speculation: Option<NgramConfig>,
     /// Do not keep KV blocks for prompts that begin alike.
     pub no_prefix_cache: bool,
     /// Longest time of a step before the engine counts as stuck; by default what earlier steps suggest.
@@ -164,6 +168,7 @@ impl Batchable {
             max_in_flight: if options.async_scheduling.unwrap_or(!self.is_on_host) { 2 } else { 1 },
             priority_levels: PRIORITY_LEVELS,
             max_choices: 64,
+            speculation: options.speculation,
             prefix_cache: !options.no_prefix_cache,
             cache_identity: CacheIdentity {
                 secret,
@@ -185,7 +190,7 @@ impl Batched {
     pub fn start(
         batchable: Batchable,
         options: &BatchOptions,
-        lost: impl Fn(&str) + Send + 'static,
+        lost: impl Fn(EngineLost) + Send + 'static,
     ) -> Result<Self, BatchStartError> {
         let scheduler = Scheduler::new(batchable.config(options)?)?;
         let Batchable { device, model, end_tokens, padding_ids, .. } = batchable;

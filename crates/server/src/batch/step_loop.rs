@@ -18,7 +18,8 @@ use super::device::{Done, Order};
 use super::request::{End, Rules, Running};
 use super::status::Status;
 use super::{Message, New};
-use crate::serving::{Failure, STEP_ROWS, TokenScore};
+use crate::lifecycle::EngineLost;
+use crate::serving::{Failure, STEP_ROWS, SpeculationCounts, TokenScore};
 
 /// How often deadlines are looked at while nothing else happens.
 const TICK: Duration = Duration::from_millis(20);
@@ -35,7 +36,7 @@ pub(super) struct StepLoop {
     rules: Rules,
     epoch: Instant,
     /// Hears why nothing is served any more.
-    lost: Box<dyn Fn(&str) + Send>,
+    lost: Box<dyn Fn(EngineLost) + Send>,
     requests: BTreeMap<RequestId, Running>,
     in_flight: VecDeque<Flight>,
     events: Vec<scheduler::Event>,
@@ -75,7 +76,7 @@ impl StepLoop {
         status: Arc<Status>,
         rules: Rules,
         epoch: Instant,
-        lost: Box<dyn Fn(&str) + Send>,
+        lost: Box<dyn Fn(EngineLost) + Send>,
     ) -> Self {
         Self {
             scheduler,
@@ -144,17 +145,14 @@ impl StepLoop {
         let scores_only = submission.max_tokens == 0;
         let request = Running::new(submission, sink, place, &self.rules);
         let submission = request.submission();
-        let mut prompt = submission.prompt.to_vec();
-        if scores_only {
+        let prompt = match submission.prompt.split_last() {
             // The last token's row would only draw.
-            prompt.pop();
-        }
+            Some((_, others)) if scores_only => others.into(),
+            _ => Arc::clone(&submission.prompt),
+        };
         let since = |at: Instant| at.saturating_duration_since(self.epoch);
         let plain = !request.looks_back();
         let submit = scheduler::Request {
-            bytes: prompt.len() * size_of::<u32>(),
-            prompt,
-            max_tokens: submission.max_tokens.max(1),
             choices: if scores_only { 1 } else { submission.n as usize },
             stop_tokens: request.stop_ids().to_vec(),
             priority,
@@ -162,8 +160,9 @@ impl StepLoop {
             cache: scheduler::CacheScope::Key,
             cache_salt: submission.cache_salt.as_deref().unwrap_or_default().as_bytes().to_vec(),
             run_ahead: plain,
+            speculate: plain,
             scored,
-            ..scheduler::Request::new(id, key, Vec::new(), 1)
+            ..scheduler::Request::new(id, key, prompt, submission.max_tokens.max(1))
         };
         self.requests.insert(id, request);
         self.events.push(scheduler::Event::Submit(submit));
@@ -204,22 +203,22 @@ impl StepLoop {
                 if error.survived && self.failures < FAILURES {
                     self.events.push(scheduler::Event::StepFailed(done.id));
                 } else {
-                    self.lose(&reason);
+                    self.lose(reason, error.is_device_lost());
                 }
             }
         }
     }
 
     /// Nothing is served any more.
-    fn lose(&mut self, reason: &str) {
-        self.status.die(reason);
+    fn lose(&mut self, reason: String, is_device: bool) {
+        self.status.die(&reason);
         self.device = None;
         self.in_flight.clear();
         for request in self.requests.values_mut() {
-            request.explain(Failure::Engine(reason.to_owned()));
+            request.explain(Failure::Engine(reason.clone()));
         }
         self.events.push(scheduler::Event::EngineLost);
-        (self.lost)(reason);
+        (self.lost)(EngineLost { reason, is_device });
     }
 
     /// Hands scores to their requests; the outcome of each sample.
@@ -264,7 +263,7 @@ impl StepLoop {
         let step = match self.scheduler.step(now, self.events.drain(..)) {
             Ok(step) => step,
             Err(error) => {
-                self.lose(&format!("the step loop lost count: {error}"));
+                self.lose(format!("the step loop lost count: {error}"), false);
                 // What the scheduler does with the loss it does without an error.
                 self.scheduler.step(now, self.events.drain(..)).unwrap_or_default()
             }
@@ -336,7 +335,7 @@ impl StepLoop {
             }
         });
         if self.device.as_ref().is_none_or(|device| device.send(order).is_err()) {
-            self.lose("the device's thread has ended");
+            self.lose("the device's thread has ended".into(), false);
         }
     }
 
@@ -418,6 +417,13 @@ impl StepLoop {
             snapshot.preemptions = now.preemptions;
             snapshot.prefix_queries = now.cache_queries;
             snapshot.prefix_hits = now.cache_hits;
+            snapshot.speculation = self.scheduler.config().speculation.map(|config| SpeculationCounts {
+                num_speculative_tokens: config.num_speculative_tokens,
+                drafts: now.drafts,
+                draft_tokens: now.draft_tokens,
+                accepted_tokens: now.accepted_tokens,
+                accepted_per_position: now.accepted_per_position,
+            });
         });
     }
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use longhaul_engine::SamplingParams;
 use longhaul_server::{
-    Config, Drained, Event, EventSink, EventStream, Failure, Finish, Lifecycle, ModelInfo, Refusal, Server,
-    Serving, Snapshot, Submission, TokenScore, channel,
+    Config, Drained, Endpoint, Event, EventSink, EventStream, Failure, Finish, Lifecycle, ModelInfo, Refusal,
+    Server, ServerError, Serving, Snapshot, Submission, TokenScore, channel,
 };
 use longhaul_text::{ChatTemplate, SpecialTokens, Tokenizer};
 use serde_json::Value;
@@ -200,16 +200,18 @@ pub struct Running {
     pub address: SocketAddr,
     pub lifecycle: Lifecycle,
     stop: mpsc::Sender<()>,
-    thread: Option<JoinHandle<Drained>>,
+    thread: Option<JoinHandle<Result<Drained, ServerError>>>,
 }
 
 impl Running {
     /// Binds a free port; the model is not announced.
     pub fn unloaded(config: Config) -> Self {
-        let server = Server::bind("127.0.0.1:0".parse().unwrap(), config).unwrap();
+        let free: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let server = Server::bind(free, config).unwrap();
         let (stop, stops) = mpsc::channel(2);
-        let (address, lifecycle) = (server.address(), server.lifecycle());
-        let thread = std::thread::spawn(move || server.run_until(stops).unwrap());
+        let Endpoint::Tcp(address) = *server.endpoint() else { panic!("{}", server.url()) };
+        let lifecycle = server.lifecycle();
+        let thread = std::thread::spawn(move || server.run_until(stops));
         Self { address, lifecycle, stop, thread: Some(thread) }
     }
 
@@ -224,7 +226,12 @@ impl Running {
         self.stop.try_send(()).unwrap();
     }
 
-    pub fn join(mut self) -> Drained {
+    pub fn join(self) -> Drained {
+        self.end().unwrap()
+    }
+
+    /// How it ended, if need be with an error.
+    pub fn end(mut self) -> Result<Drained, ServerError> {
         self.thread.take().unwrap().join().unwrap()
     }
 

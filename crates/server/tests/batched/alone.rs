@@ -1,93 +1,13 @@
-//! The batched engine over the demo, against the engine that answers one request at a time.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+//! What a request gives by itself.
 
-use std::future::poll_fn;
-use std::sync::Arc;
-
-use longhaul_engine::{Engine, Generate, Loader, ModelRef, Request, SamplingParams};
-use longhaul_server::{
-    BatchOptions, Batchable, Batched, Defaults, Event, EventStream, Finish, Namespace, Sampling, Serving,
-    Submission, TokenScore,
-};
+use longhaul_engine::{Generate, Request, SamplingParams};
+use longhaul_server::{BatchOptions, Batched, Event, Finish, Serving, Submission};
 use longhaul_text::SpecialTokens;
 
-fn demo() -> Engine {
-    Loader::new(ModelRef::Demo).load(&mut |_, _| {}).unwrap()
-}
+use crate::harness::{demo, endless, next, run, start, submission};
 
 fn batched() -> Batched {
-    let batchable = Batchable::engine(demo(), "demo".into(), Defaults::Neutral);
-    let options = BatchOptions { queued_events: 4096, ..BatchOptions::default() };
-    Batched::start(batchable, &options, |reason| panic!("{reason}")).unwrap()
-}
-
-fn submission(prompt: &[u32]) -> Submission {
-    let sampling = Sampling {
-        params: SamplingParams::greedy(),
-        logit_bias: Vec::new(),
-        allowed_token_ids: Vec::new(),
-        stop_token_ids: Vec::new(),
-        min_tokens: 0,
-        ignore_eos: false,
-    };
-    Submission {
-        id: "test".into(),
-        prompt: Arc::from(prompt),
-        sampling,
-        grammar: None,
-        max_tokens: 12,
-        n: 1,
-        logprobs: Some(0),
-        prompt_logprobs: None,
-        deadline: None,
-        priority: 0,
-        cache_salt: None,
-        namespace: Namespace::default(),
-    }
-}
-
-/// A request that goes on after end-of-sequence tokens, with `rules`.
-fn endless(prompt: &[u32], rules: impl FnOnce(&mut Sampling)) -> Submission {
-    let mut submission = submission(prompt);
-    submission.sampling.ignore_eos = true;
-    rules(&mut submission.sampling);
-    submission
-}
-
-#[derive(Default)]
-struct Record {
-    prompt: Vec<Option<TokenScore>>,
-    tokens: Vec<TokenScore>,
-    finish: Option<Finish>,
-}
-
-impl Record {
-    fn ids(&self) -> Vec<u32> {
-        self.tokens.iter().map(|token| token.id).collect()
-    }
-}
-
-async fn next(stream: &mut EventStream) -> Option<Event> {
-    poll_fn(|cx| stream.poll_next(cx)).await
-}
-
-async fn run(batched: &Batched, submission: Submission) -> Record {
-    let mut stream = batched.submit(submission).unwrap();
-    let mut record = Record::default();
-    while let Some(event) = next(&mut stream).await {
-        match event {
-            Event::Started { .. } => {}
-            Event::Prompt(scores) => record.prompt.extend(scores),
-            Event::Token { token, finish, .. } => {
-                assert_eq!(record.finish, None, "a token behind the last one");
-                record.tokens.push(token);
-                record.finish = finish;
-            }
-            Event::Finished { finish, .. } => record.finish = Some(finish),
-            Event::Failed(failure) => panic!("{failure}"),
-        }
-    }
-    record
+    start(demo(), BatchOptions::default())
 }
 
 #[tokio::test]
