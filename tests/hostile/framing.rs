@@ -107,10 +107,8 @@ pub fn raw_requests(corpus: &mut Corpus) {
     let answer = corpus.case("framing: hidden requests", "pipelined", pipelined, &[200]);
     assert_eq!(answer.body.matches("HTTP/1.1 200").count(), 1, "{answer:?}");
     // What comes after a refused request is not looked at.
-    let smuggled = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n\
-         0\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    );
+    let smuggled = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n\
+         0\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let answer = corpus.case("framing: hidden requests", "smuggled", smuggled.as_bytes(), &[400]);
     assert!(!answer.body.contains("version"), "{answer:?}");
 }
