@@ -2,12 +2,19 @@
 
 use std::io;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use longhaul_backend::Error as BackendError;
 use longhaul_engine::EngineError;
 use longhaul_longdoc::LongdocError;
 use longhaul_model::ModelError;
-use longhaul_server::{KeyError, ServerError, TlsError};
+use longhaul_server::{KeyError, ServerError, TlsError, TraceError};
+use longhaul_text::TextError;
+
+/// How long the end of a process waits for its last words to be read.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 const USAGE: u8 = 64;
 const DATA: u8 = 65;
@@ -47,13 +54,23 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             message.push_str(&cause);
         }
     }
-    eprintln!("error: {message}");
+    say(format!("error: {message}"));
     ExitCode::from(code(error))
+}
+
+/// Prints a line, unless whoever reads stderr stands still: the end must not wait for that.
+fn say(line: String) {
+    let (done, written) = mpsc::sync_channel(1);
+    thread::spawn(move || {
+        eprintln!("{line}");
+        let _ = done.send(());
+    });
+    let _ = written.recv_timeout(PATIENCE);
 }
 
 /// Ends the process because its group of ranks has ended while the main thread is stuck in a step, or waits for somebody.
 pub fn group_lost(message: &str) {
-    eprintln!("error: {message}");
+    say(format!("error: {message}"));
     std::process::exit(RESTART.into());
 }
 
@@ -86,6 +103,12 @@ fn code(error: &anyhow::Error) -> u8 {
                     }
                 }
             };
+        }
+        if cause.is::<TextError>() {
+            return DATA;
+        }
+        if cause.is::<TraceError>() {
+            return USAGE;
         }
         if cause.is::<KeyError>() || cause.is::<TlsError>() {
             return CONFIG;
