@@ -9,6 +9,8 @@ use longhaul_longdoc::LongdocError;
 use longhaul_model::ModelError;
 use longhaul_server::{KeyError, ServerError, TlsError};
 
+use crate::output;
+
 const USAGE: u8 = 64;
 const DATA: u8 = 65;
 const NO_INPUT: u8 = 66;
@@ -47,13 +49,13 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             message.push_str(&cause);
         }
     }
-    eprintln!("error: {message}");
+    output::tell(format_args!("error: {message}"));
     ExitCode::from(code(error))
 }
 
 /// Ends the process because its group of ranks has ended while the main thread is stuck in a step, or waits for somebody.
 pub fn group_lost(message: &str) {
-    eprintln!("error: {message}");
+    output::tell(format_args!("error: {message}"));
     std::process::exit(RESTART.into());
 }
 

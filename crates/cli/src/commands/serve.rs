@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use longhaul_engine::{EngineError, KvPool, Loader, Precision};
+use longhaul_engine::{EngineError, Generate, KvPool, Loader, Precision};
 use longhaul_server::{
     ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Endpoint, Lifecycle, Limits, QueueLimits,
     Server, Serving, Tls,
@@ -13,6 +13,7 @@ use longhaul_server::{
 
 use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
 use crate::exit::{self, UsageError};
+use crate::output::tell;
 use crate::systemd::Notifier;
 
 /// Variables that may hold one API key.
@@ -72,9 +73,9 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     let model = model(args);
     let loader = loader(args)?;
     let server = Server::bind(endpoint(args)?, config(args)?)?;
-    eprintln!("listening on {}, loading {}", server.url(), model.model);
+    tell(format_args!("listening on {}, loading {}", server.url(), model.model));
     if args.http.allow_unauthenticated {
-        eprintln!("warning: --allow-unauthenticated: everybody who reaches this port may use it");
+        tell("warning: --allow-unauthenticated: everybody who reaches this port may use it");
     }
 
     let notifier = Arc::new(Notifier::from_env().context("NOTIFY_SOCKET: cannot be sent to")?);
@@ -100,10 +101,10 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
         loading.join().map_err(|_| anyhow!("loading the model failed"))??;
     }
     if drained.cut > 0 {
-        eprintln!("stopped; {} requests were cut when the time to finish was over", drained.cut);
+        tell(format_args!("stopped; {} requests were cut when the time to finish was over", drained.cut));
         return Ok(ExitCode::from(exit::RESTART));
     }
-    eprintln!("stopped; every request was finished");
+    tell("stopped; every request was finished");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -123,16 +124,23 @@ fn load(
             notifier.status(&format!("loading {root}: {percent} %"));
         }
     })?;
-    engine.notes().iter().for_each(|note| eprintln!("note: {note}"));
+    engine.notes().iter().for_each(|note| tell(format_args!("note: {note}")));
     let device = engine.device().to_owned();
+    let longest = engine.max_model_len();
     let batchable = Batchable::engine(engine, root.to_owned(), defaults);
+    let fits = batchable.model.max_model_len;
+    if fits < longest {
+        tell(format_args!(
+            "note: the KV pool holds {fits} tokens, so that is the longest context, not the model's {longest}"
+        ));
+    }
     let losing = lifecycle.clone();
     let serving = Batched::start(batchable, batch, move |loss| losing.lose(loss))?;
     let serving = Arc::new(serving);
     lifecycle.ready(Arc::clone(&serving) as Arc<dyn Serving>);
     notifier.ready(&format!("serving {root} on {device}"));
     watch(notifier, serving)?;
-    eprintln!("ready: {root} on {device}");
+    tell(format_args!("ready: {root} on {device}"));
     Ok(())
 }
 
