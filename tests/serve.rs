@@ -2,96 +2,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, ChildStderr, Command, Stdio};
-use std::time::Duration;
 
+use common::serve::{Serve, read, request};
 use common::{fail, json_output, longhaul};
 use serde_json::{Value, json};
-
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A server on a free port, ready.
-struct Serve {
-    child: Child,
-    stderr: BufReader<ChildStderr>,
-    address: String,
-    /// What it printed until it was ready.
-    log: String,
-}
-
-impl Serve {
-    fn start(arguments: &[&str]) -> Self {
-        let mut command = longhaul();
-        command.args(["serve", "--port", "0", "--device", "cpu", "--dtype", "float32"]).args(arguments);
-        command.env_remove("LONGHAUL_API_KEY").env_remove("VLLM_API_KEY");
-        Self::spawn(command)
-    }
-
-    fn spawn(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut server = Self { child, stderr, address: String::new(), log: String::new() };
-        while !server.log.contains("ready: ") {
-            let read = server.stderr.read_line(&mut server.log).unwrap();
-            assert!(read > 0, "the server ended: {}", server.log);
-        }
-        let address = server.log.split("listening on http://").nth(1).and_then(|rest| rest.split(',').next());
-        server.address = address.expect("the address comes first").to_owned();
-        server
-    }
-
-    fn connect(&self, request: &[u8]) -> TcpStream {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(request).unwrap();
-        stream
-    }
-
-    fn post(&self, path: &str, body: &Value) -> Value {
-        let agent = ureq::Agent::config_builder().http_status_as_error(false).build().new_agent();
-        let url = format!("http://{}{path}", self.address);
-        let mut response =
-            agent.post(url).header("content-type", "application/json").send(body.to_string()).unwrap();
-        serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap()
-    }
-
-    fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
-        assert!(status.success());
-    }
-
-    /// Waits for the end; exit code and what was printed since it was ready.
-    fn end(mut self) -> (Option<i32>, String) {
-        let mut rest = String::new();
-        self.stderr.read_to_string(&mut rest).unwrap();
-        (self.child.wait().unwrap().code(), rest)
-    }
-}
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn request(body: &Value) -> Vec<u8> {
-    let body = body.to_string();
-    format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n\
-         Content-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .into_bytes()
-}
-
-fn read(mut stream: TcpStream) -> String {
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    String::from_utf8_lossy(&answer).into_owned()
-}
 
 #[test]
 fn answers_are_those_of_the_commands() {

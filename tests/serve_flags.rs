@@ -158,6 +158,14 @@ fn what_is_not_done_here_is_refused_with_the_reason() {
         assert!(found == code && message.contains(words), "{arguments:?}: {found} {message}");
         assert!(!message.contains("canary"), "{message}");
     }
+    // With a log of JSON, the last words are JSON, too.
+    let mut command = longhaul();
+    command.env_remove("LONGHAUL_API_KEY").env_remove("VLLM_API_KEY");
+    command.args(["serve", "--log-format", "json", "--host", "0.0.0.0", "--port", "0"]);
+    let (code, message) = fail(&mut command);
+    let last: Value = serde_json::from_str(message.lines().last().unwrap()).unwrap();
+    assert_eq!((code, &last["level"]), (64, &json!("ERROR")));
+    assert!(last["message"].as_str().unwrap().contains("--allow-unauthenticated"), "{last}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 #[cfg(target_os = "linux")]
 pub mod nodes;
+pub mod serve;
 
 use std::io::Write;
 use std::path::Path;

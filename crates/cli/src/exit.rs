@@ -2,9 +2,6 @@
 
 use std::io;
 use std::process::ExitCode;
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
 
 use longhaul_backend::Error as BackendError;
 use longhaul_engine::EngineError;
@@ -13,8 +10,7 @@ use longhaul_model::ModelError;
 use longhaul_server::{KeyError, ServerError, TlsError, TraceError};
 use longhaul_text::TextError;
 
-/// How long the end of a process waits for its last words to be read.
-const PATIENCE: Duration = Duration::from_secs(1);
+use crate::output;
 
 const USAGE: u8 = 64;
 const DATA: u8 = 65;
@@ -43,6 +39,13 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     {
         return ExitCode::SUCCESS;
     }
+    let (message, code) = explain(error);
+    output::tell(format_args!("error: {message}"));
+    code
+}
+
+/// `error` with its causes, and the exit code that fits it.
+pub fn explain(error: &anyhow::Error) -> (String, ExitCode) {
     let mut message = String::new();
     for cause in error.chain() {
         let cause = cause.to_string();
@@ -54,23 +57,12 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             message.push_str(&cause);
         }
     }
-    say(format!("error: {message}"));
-    ExitCode::from(code(error))
-}
-
-/// Prints a line, unless whoever reads stderr stands still: the end must not wait for that.
-fn say(line: String) {
-    let (done, written) = mpsc::sync_channel(1);
-    thread::spawn(move || {
-        eprintln!("{line}");
-        let _ = done.send(());
-    });
-    let _ = written.recv_timeout(PATIENCE);
+    (message, ExitCode::from(code(error)))
 }
 
 /// Ends the process because its group of ranks has ended while the main thread is stuck in a step, or waits for somebody.
 pub fn group_lost(message: &str) {
-    say(format!("error: {message}"));
+    output::tell(format_args!("error: {message}"));
     std::process::exit(RESTART.into());
 }
 

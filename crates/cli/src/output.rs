@@ -1,6 +1,11 @@
 //! What goes to stdout. Progress and logs go to stderr.
 
+use std::fmt::Display;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -22,6 +27,33 @@ pub fn piece(text: &str) -> io::Result<()> {
 /// Writes a value as one line of JSON.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(line(&serde_json::to_string(value)?)?)
+}
+
+/// Longest time that a message to stderr is worth.
+const TELL_TIME: Duration = Duration::from_secs(1);
+
+/// Writes a line to stderr if it takes one: neither a disk that is full nor a reader that sleeps is a reason to fail, or to
+/// wait for longer than a moment. While it takes nothing, lines are lost.
+pub fn tell(text: impl Display) {
+    static IS_STUCK: AtomicBool = AtomicBool::new(false);
+    if IS_STUCK.load(Ordering::Acquire) {
+        return;
+    }
+    let line = format!("{text}\n");
+    let (done, written) = mpsc::channel();
+    let write = move || {
+        let _ = io::stderr().write_all(line.as_bytes());
+        let _ = done.send(());
+        IS_STUCK.store(false, Ordering::Release);
+    };
+    let writer = thread::Builder::new().name("longhaul-stderr".into()).spawn(write);
+    if writer.is_ok() && written.recv_timeout(TELL_TIME).is_err() {
+        IS_STUCK.store(true, Ordering::Release);
+        // It may have been written meanwhile.
+        if written.try_recv().is_ok() {
+            IS_STUCK.store(false, Ordering::Release);
+        }
+    }
 }
 
 /// `12288` as `12,288`.

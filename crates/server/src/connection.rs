@@ -14,6 +14,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -28,6 +30,11 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 
 /// Most headers of a request.
 const MAX_HEADERS: usize = 64;
+
+/// Bytes of an answer that the kernel takes before they can be sent: enough for a fast reader, and not the megabytes that
+/// it would keep for each reader that takes none.
+#[cfg(target_os = "linux")]
+const UNSENT_BYTES: u32 = 64 << 10;
 
 /// Pause after an `accept` that failed: the process has no file descriptor left, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -50,8 +57,10 @@ impl Listener {
         Ok(match self {
             Self::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
-                // Small events must not wait for each other; a connection without the option works all the same.
+                // Small events must not wait for each other; a connection without the options works all the same.
                 let _ = stream.set_nodelay(true);
+                #[cfg(target_os = "linux")]
+                let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
                 Box::new(stream)
             }
             Self::Unix(listener) => Box::new(listener.accept().await?.0),

@@ -51,7 +51,7 @@ pub use config::{Config, Cors, Limits, LogContent};
 pub use endpoint::Endpoint;
 pub use ledger::Outcome;
 pub use lifecycle::{EngineLost, Lifecycle, Phase};
-pub use log::{Level, Log, LogFormat, LogOptions, info, warn};
+pub use log::{Level, Log, LogFormat, LogOptions, error, info, warn};
 pub use longhaul_scheduler::NgramConfig;
 pub use quota::KeyTerms;
 pub use server::{Drained, Server, ServerError};

@@ -141,6 +141,11 @@ pub fn warn(message: impl Display) {
     event(Level::Warn, message, []);
 }
 
+/// Logs that something failed.
+pub fn error(message: impl Display) {
+    event(Level::Error, message, []);
+}
+
 /// Logs an event with fields; those that are null are left out.
 pub(crate) fn event<const N: usize>(level: Level, message: impl Display, fields: [(&'static str, Value); N]) {
     if let Some((options, lines)) = LOG.get()

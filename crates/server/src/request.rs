@@ -1,5 +1,6 @@
 //! Request bodies, field by field.
 
+pub(crate) mod bounds;
 mod chat;
 mod completion;
 mod fields;

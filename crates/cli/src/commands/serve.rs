@@ -8,10 +8,10 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use longhaul_engine::{EngineError, KvPool, Loader, Precision};
+use longhaul_engine::{EngineError, Generate, KvPool, Loader, Precision};
 use longhaul_server::{
     ApiKeys, BatchOptions, Batchable, Batched, Config, Cors, Defaults, Endpoint, Lifecycle, Limits, Log,
-    LogContent, LogOptions, QueueLimits, Server, Serving, Tls, Tracer, info, warn,
+    LogContent, LogOptions, QueueLimits, Server, Serving, Tls, Tracer, error, info, warn,
 };
 
 use crate::args::{
@@ -75,14 +75,25 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
 
 /// `longhaul serve`
 pub fn run(args: &ServeArgs) -> Result<ExitCode> {
-    let model = model(args);
-    let loader = loader(args)?;
-    let logs = LogOptions {
+    let options = LogOptions {
         format: args.logs.log_format.into(),
         level: args.logs.log_level,
         requests: args.logs.requests_level(),
     };
-    let log = Log::install(logs, std::io::stderr()).context("the log cannot be written")?;
+    let log = Log::install(options, std::io::stderr()).context("the log cannot be written")?;
+    // A panic is one request's affair, but its message is a line like the others, and waits for nobody either.
+    std::panic::set_hook(Box::new(|panic| error(panic)));
+    serve(args, &log).or_else(|reason| {
+        // Also the last line is one of the log.
+        let (message, code) = exit::explain(&reason);
+        error(message);
+        Ok(code)
+    })
+}
+
+fn serve(args: &ServeArgs, log: &Log) -> Result<ExitCode> {
+    let model = model(args);
+    let loader = loader(args)?;
     let config = Config { log_drops: Some(log.dropped()), ..config(args)? };
     let server = Server::bind(endpoint(args)?, config)?;
     info(format_args!("listening on {}, loading {}", server.url(), model.model));
@@ -143,13 +154,19 @@ fn load(
         }
     })?;
     engine.notes().iter().for_each(|note| info(format_args!("note: {note}")));
-    let device = engine.device().to_owned();
+    let (device, longest) = (engine.device().to_owned(), engine.max_model_len());
     let defaults = match generation.generation_config {
         GenerationConfigArg::Auto => Defaults::Checkpoint,
         GenerationConfigArg::Neutral | GenerationConfigArg::File(_) => Defaults::Neutral,
     };
     let mut batchable = Batchable::engine(engine, root.to_owned(), defaults);
     generation.apply(&mut batchable)?;
+    let fits = batchable.model.max_model_len;
+    if fits < longest {
+        warn(format_args!(
+            "the KV pool holds {fits} tokens, so that is the longest context, not the model's {longest}"
+        ));
+    }
     let losing = lifecycle.clone();
     let serving = Batched::start(batchable, batch, move |loss| losing.lose(loss))?;
     let serving = Arc::new(serving);

@@ -290,7 +290,10 @@ fn describe(engine: &Engine, root: String) -> ModelInfo {
         template: engine.chat_template().cloned(),
         longest_token: longest,
         tokenizer,
-        max_model_len: engine.max_model_len(),
+        // What the pool cannot hold, no request can have.
+        max_model_len: engine
+            .max_model_len()
+            .min(engine.kv_blocks().saturating_mul(engine.block_size().max(1))),
         vocab_size: engine.spec().vocab_size,
         sampling: SamplingParams {
             // The API's default is 1, also for a checkpoint whose authors decode greedily.

@@ -241,7 +241,10 @@ impl StepLoop {
                     if let Some(request) = request {
                         let top = score.and_then(|index| scores.get_mut(index)).map(std::mem::take);
                         let top = top.unwrap_or_default().top;
-                        let token = TokenScore { id: sampled.id, logprob: sampled.logprob, top };
+                        // One token has one score: clients see whether a token was the best one by comparing them.
+                        let listed = top.iter().find(|(id, _)| *id == sampled.id);
+                        let logprob = listed.map_or(sampled.logprob, |(_, logprob)| *logprob);
+                        let token = TokenScore { id: sampled.id, logprob, top };
                         request.drawn(sequence.choice, position, token);
                     }
                     SampleResult::Token(sampled.id)

@@ -5,11 +5,8 @@ use serde_json::{Map, Value, json};
 
 use crate::config::Limits;
 use crate::error::{ApiError, ApiResult, describe};
-use crate::request::{Common, Fields};
+use crate::request::{Common, Fields, bounds};
 use crate::serving::ModelInfo;
-
-/// Most entries of `chat_template_kwargs`, and of a message's `tool_calls`.
-const MAX_ENTRIES: usize = 128;
 
 /// Deepest value of `chat_template_kwargs`, `documents` and tools.
 const MAX_DEPTH: usize = 32;
@@ -121,10 +118,10 @@ fn logprobs(f: &mut Fields, model: &ModelInfo) -> ApiResult<Option<u32>> {
 fn message(item: Value, path: &str) -> ApiResult<Value> {
     let mut f = Fields::object(item, path)?;
     let role = f.required_string("role")?;
-    if role.is_empty() || role.len() > 64 {
-        return Err(f.error("role", "must have 1 to 64 bytes"));
+    if role.is_empty() || role.len() > bounds::ROLE_BYTES {
+        return Err(f.error("role", format_args!("must have 1 to {} bytes", bounds::ROLE_BYTES)));
     }
-    let calls = match f.list("tool_calls", MAX_ENTRIES)?.filter(|calls| !calls.is_empty()) {
+    let calls = match f.list("tool_calls", bounds::ENTRIES)?.filter(|calls| !calls.is_empty()) {
         None => None,
         Some(calls) => {
             let call = |(index, item)| tool_call(item, &format!("{path}.tool_calls[{index}]"));
@@ -141,7 +138,7 @@ fn message(item: Value, path: &str) -> ApiResult<Value> {
             message.insert(key.into(), json!(text));
         }
     }
-    for key in ["refusal", "function_call", "audio", "annotations", "reasoning_content", "reasoning"] {
+    for key in bounds::EMPTY_IN_MESSAGES {
         f.only(key, &[json!([]), json!("")])?;
     }
     f.end()?;
@@ -258,8 +255,8 @@ fn variables(f: &mut Fields) -> ApiResult<Map<String, Value>> {
         Some(Value::Object(map)) => map,
         Some(_) => return Err(f.error("chat_template_kwargs", "must be an object")),
     };
-    if variables.len() > MAX_ENTRIES || variables.values().any(|value| depth(value) > MAX_DEPTH) {
-        let message = format!("has more than {MAX_ENTRIES} entries or {MAX_DEPTH} levels");
+    if variables.len() > bounds::ENTRIES || variables.values().any(|value| depth(value) > MAX_DEPTH) {
+        let message = format!("has more than {} entries or {MAX_DEPTH} levels", bounds::ENTRIES);
         return Err(f.error("chat_template_kwargs", message));
     }
     if let Some(name) = variables.keys().find(|name| RESERVED_VARIABLES.contains(&name.as_str())) {

@@ -5,14 +5,9 @@ use serde_json::{Value, json};
 use crate::config::Limits;
 use crate::error::{ApiError, ApiResult};
 use crate::request::Fields;
+use crate::request::bounds::{self, LABEL_BYTES, STOP_BYTES};
 use crate::request::fields::token_ids;
 use crate::serving::{ModelInfo, Sampling};
-
-/// Longest stop string.
-const MAX_STOP_BYTES: usize = 256;
-
-/// Longest `cache_salt`, `request_id` and labels.
-const MAX_LABEL_BYTES: usize = 512;
 
 /// What chats and completions share.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,7 +91,7 @@ fn sampling(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Sam
         None => random_seed(),
     };
     let vocab = model.vocab_size;
-    let stop_token_ids = f.ids("stop_token_ids", vocab, 128)?;
+    let stop_token_ids = f.ids("stop_token_ids", vocab, bounds::STOP_TOKEN_IDS)?;
     let mut allowed_token_ids = match f.has("allowed_token_ids") {
         false => Vec::new(),
         true => {
@@ -181,11 +176,11 @@ fn stops(f: &mut Fields, limits: &Limits) -> ApiResult<Vec<String>> {
         .into_iter()
         .enumerate()
         .map(|(index, item)| match item {
-            Value::String(text) if (1..=MAX_STOP_BYTES).contains(&text.len()) => Ok(text),
+            Value::String(text) if (1..=STOP_BYTES).contains(&text.len()) => Ok(text),
             other => Err(f.error(
                 &format!("stop[{index}]"),
                 format_args!(
-                    "must be a string of 1 to {MAX_STOP_BYTES} bytes, not {}",
+                    "must be a string of 1 to {STOP_BYTES} bytes, not {}",
                     crate::error::describe(&other)
                 ),
             )),
@@ -237,8 +232,8 @@ fn truncation(f: &mut Fields, model: &ModelInfo) -> ApiResult<Option<usize>> {
 
 fn cache_salt(f: &mut Fields) -> ApiResult<Option<String>> {
     match f.string("cache_salt")? {
-        Some(salt) if salt.is_empty() || salt.len() > MAX_LABEL_BYTES => {
-            Err(f.error("cache_salt", format_args!("must have 1 to {MAX_LABEL_BYTES} bytes")))
+        Some(salt) if salt.is_empty() || salt.len() > LABEL_BYTES => {
+            Err(f.error("cache_salt", format_args!("must have 1 to {LABEL_BYTES} bytes")))
         }
         salt => Ok(salt),
     }
@@ -261,42 +256,25 @@ pub(crate) fn is_request_id(id: &str) -> bool {
 
 /// Known fields with one value that means nothing, and fields that are not supported at all.
 fn refuse_unsupported(f: &mut Fields) -> ApiResult<()> {
-    f.only("use_beam_search", &[json!(false)])?;
-    f.only("best_of", &[json!(1)])?;
-    f.only("length_penalty", &[json!(1), json!(1.0)])?;
-    f.only("spaces_between_special_tokens", &[json!(true)])?;
-    f.only("response_format", &[json!({"type": "text"})])?;
-    f.only("stream_interval", &[json!(1)])?;
-    f.only("service_tier", &[json!("auto"), json!("default")])?;
-    f.only("store", &[json!(false)])?;
-    for key in [
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "bad_words",
-        "logprob_token_ids",
-        "kv_transfer_params",
-        "vllm_xargs",
-        "repetition_detection",
-        "session_id",
-        "thinking_token_budget",
-        "prompt_embeds",
-    ] {
-        f.only(key, &[json!([]), json!({})])?;
+    for (key, values) in bounds::neutral() {
+        f.only(key, &values)?;
     }
     Ok(())
 }
 
 fn labels(f: &mut Fields) -> ApiResult<()> {
     for key in ["user", "safety_identifier", "prompt_cache_key"] {
-        f.label(key, MAX_LABEL_BYTES)?;
+        f.label(key, LABEL_BYTES)?;
     }
     if let Some(value) = f.take("metadata") {
         match value {
-            Value::Object(map) if map.len() <= 16 && map.values().all(Value::is_string) => {}
-            _ => return Err(f.error("metadata", "must be an object of at most 16 strings")),
+            Value::Object(map) if map.len() <= bounds::METADATA && map.values().all(Value::is_string) => {}
+            _ => {
+                return Err(f.error(
+                    "metadata",
+                    format_args!("must be an object of at most {} strings", bounds::METADATA),
+                ));
+            }
         }
     }
     Ok(())
