@@ -15,6 +15,7 @@ use crate::lifecycle::{EngineLost, Lifecycle};
 use crate::metrics::Metrics;
 use crate::prompt::TextPool;
 use crate::router;
+use crate::structured::Grammars;
 
 /// Time that connections have to send what is written when everything else has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(5);
@@ -28,6 +29,7 @@ pub(crate) struct App {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) pool: TextPool,
+    pub(crate) grammars: Grammars,
     /// KiB of bodies that may be held at once.
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) started: Instant,
@@ -101,6 +103,7 @@ impl Server {
             lifecycle: Lifecycle::default(),
             metrics: Arc::default(),
             pool: TextPool::new(limits.tokenizing),
+            grammars: Grammars::new(limits.compiling, limits.compile_time),
             bodies: Arc::new(Semaphore::new((limits.inflight_body_bytes >> 10).max(1))),
             started: Instant::now(),
             created: unix_seconds(),
