@@ -23,13 +23,14 @@ use tokio::time::{timeout, timeout_at};
 use crate::choice::TextOptions;
 use crate::error::{ApiError, ApiResult, quote};
 use crate::ledger::Ticket;
+use crate::logprobs::TokenWriter;
 use crate::metrics::Metrics;
 use crate::pipeline::{Generation, Update};
 use crate::request::{Common, check_content_type};
 use crate::response::{Head, Writer};
 use crate::router::Caller;
 use crate::server::{App, unix_seconds};
-use crate::serving::{ModelInfo, Serving, Submission};
+use crate::serving::{Grammar, ModelInfo, Serving, Submission};
 use crate::sse;
 
 /// A request that has its whole body.
@@ -41,6 +42,12 @@ struct Call {
     /// The body's share of the bytes that may be held at once.
     held: HeldBody,
     arrived: Instant,
+}
+
+/// A request for the API has arrived.
+fn open(app: &App, request: &Request) -> Ticket {
+    let caller = request.extensions().get::<Caller>();
+    app.metrics.ledger.open().with_record(caller.map(|caller| Arc::clone(&caller.record)))
 }
 
 /// Receives a request for the API.
@@ -59,6 +66,10 @@ async fn receive(app: Arc<App>, request: Request) -> ApiResult<Call> {
     let (parts, body) = request.into_parts();
     let caller = parts.extensions.get::<Caller>().cloned();
     let caller = caller.ok_or_else(|| ApiError::internal("the request was not checked"))?;
+    if let Some(quota) = &caller.quota {
+        let lease = quota.admit(arrived).inspect_err(|_| app.metrics.rejected("quota"))?;
+        caller.record.hold(lease);
+    }
     let limit = app.config.limits.body_limit(serving.model().max_model_len);
     let (body, held) = read_body(&app, &parts.headers, body, limit).await?;
     Ok(Call { app, serving, caller, body, held, arrived })
@@ -157,9 +168,13 @@ impl Call {
     /// A name under which nothing is served.
     fn model_name(&self, asked: Option<&str>) -> ApiResult<String> {
         let names = names(&self.app, self.model());
+        let named = |name: String| {
+            self.caller.record.model(&name);
+            Ok(name)
+        };
         match asked {
-            None => Ok(names.first().cloned().unwrap_or_default()),
-            Some(asked) if names.iter().any(|name| name == asked) => Ok(asked.to_owned()),
+            None => named(names.first().cloned().unwrap_or_default()),
+            Some(asked) if names.iter().any(|name| name == asked) => named(asked.to_owned()),
             Some(asked) => {
                 let asked = quote(asked);
                 let message = format!("The model `{}` does not exist.", asked.trim_matches('"'));
@@ -179,34 +194,54 @@ impl Call {
         Head { id, created: unix_seconds(), model, details }
     }
 
-    fn text_options(&self, common: &Common, tools: bool, parallel_tool_calls: bool) -> TextOptions {
+    fn token_writer(&self, common: &Common) -> TokenWriter {
+        let as_ids = common.return_tokens_as_token_ids || self.app.config.tokens_as_ids;
+        TokenWriter::new(self.model().tokenizer.clone(), as_ids)
+    }
+
+    /// How the text of a request that knows no tools is made.
+    fn text_options(&self, common: &Common) -> TextOptions {
         TextOptions {
             tokenizer: self.model().tokenizer.clone(),
             stop: common.stop.clone(),
             include_stop: common.include_stop_str_in_output,
             skip_special: common.skip_special_tokens,
             min_tokens: common.sampling.min_tokens,
-            tools,
-            parallel_tool_calls,
+            tools: false,
+            parallel_tool_calls: true,
+            calls_finish: "tool_calls",
         }
     }
 
-    fn submission(&self, id: String, prompt: Arc<[u32]>, common: &Common, max_tokens: usize) -> Submission {
+    fn submission(
+        &self,
+        id: String,
+        prompt: Arc<[u32]>,
+        common: &Common,
+        grammar: Option<Arc<dyn Grammar>>,
+        max_tokens: usize,
+    ) -> Submission {
         let limit = self.app.config.limits.request_time;
-        Submission {
+        let submission = Submission {
             id,
             prompt,
             sampling: common.sampling.clone(),
-            grammar: None,
+            grammar,
             max_tokens,
             n: common.n,
             logprobs: None,
             prompt_logprobs: common.prompt_logprobs,
             deadline: limit.map(|limit| self.arrived + limit),
-            priority: common.priority,
+            priority: self
+                .caller
+                .quota
+                .as_ref()
+                .map_or(common.priority, |quota| common.priority.saturating_add(quota.terms.priority)),
             cache_salt: common.cache_salt.clone(),
             namespace: self.caller.namespace.clone(),
-        }
+        };
+        self.caller.record.submitted(&submission);
+        submission
     }
 }
 

@@ -12,9 +12,11 @@ use crate::config::Config;
 use crate::connection;
 use crate::endpoint::{Bound, Endpoint};
 use crate::lifecycle::{EngineLost, Lifecycle};
+use crate::log::warn;
 use crate::metrics::Metrics;
 use crate::prompt::TextPool;
 use crate::router;
+use crate::structured::Grammars;
 
 /// Time that connections have to send what is written when everything else has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(5);
@@ -28,6 +30,7 @@ pub(crate) struct App {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) pool: TextPool,
+    pub(crate) grammars: Grammars,
     /// KiB of bodies that may be held at once.
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) started: Instant,
@@ -96,11 +99,15 @@ impl Server {
         let failed = |source| ServerError::Bind { endpoint: endpoint.clone(), source };
         let bound = Bound::new(&endpoint).map_err(failed)?;
         let endpoint = bound.endpoint().map_err(failed)?;
+        for route in config.log.silent_routes.iter().filter(|route| !router::is_route(route)) {
+            warn(format_args!("there is no route {route:?} whose records could be left out"));
+        }
         let limits = &config.limits;
         let app = App {
             lifecycle: Lifecycle::default(),
-            metrics: Arc::default(),
+            metrics: Arc::new(Metrics::new(config.log_drops.clone(), config.tracer.clone())),
             pool: TextPool::new(limits.tokenizing),
+            grammars: Grammars::new(limits.compiling, limits.compile_time),
             bodies: Arc::new(Semaphore::new((limits.inflight_body_bytes >> 10).max(1))),
             started: Instant::now(),
             created: unix_seconds(),

@@ -16,8 +16,7 @@ def test_chat_tokens_spell_the_answer(demo):
     for token in content:
         assert len(token.top_logprobs) == 3
         # Greedy: the drawn token is the best one.
-        assert token.top_logprobs[0].token == token.token
-        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob, abs=1e-6)
+        assert (token.top_logprobs[0].token, token.top_logprobs[0].logprob) == (token.token, token.logprob)
         assert [top.logprob for top in token.top_logprobs] == sorted((top.logprob for top in token.top_logprobs), reverse=True)
 
 
@@ -106,3 +105,9 @@ def test_logprobs_are_those_before_sampling_rules(demo):
     (best,) = plain.top_logprobs[0]
     ruled = complete(demo, logprobs=1, max_tokens=1, temperature=0.3, top_p=0.5, seed=1).choices[0].logprobs
     assert ruled.top_logprobs[0][best] == plain.token_logprobs[0]
+
+
+def test_greedy_tokens_are_recognised_as_evaluators_do(demo):
+    logprobs = complete(demo, logprobs=1, max_tokens=30, extra_body={"ignore_eos": True}).choices[0].logprobs
+    for drawn, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert drawn == max(top.values())

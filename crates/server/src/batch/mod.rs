@@ -61,6 +61,8 @@ pub struct BatchOptions {
     /// How tokens are guessed ahead of the model, for requests whose draws do not depend on earlier tokens. What is drawn is the
     /// same.
     pub speculation: Option<NgramConfig>,
+    /// First come, first served: a request's `priority` must be 0.
+    pub no_priorities: bool,
     /// Do not keep KV blocks for prompts that begin alike.
     pub no_prefix_cache: bool,
     /// Longest time of a step before the engine counts as stuck; by default what earlier steps suggest.
@@ -84,6 +86,7 @@ pub enum BatchStartError {
 pub struct Batched {
     model: ModelInfo,
     queued_events: usize,
+    no_priorities: bool,
     next_id: AtomicU64,
     admission: Arc<Admission>,
     status: Arc<Status>,
@@ -116,8 +119,6 @@ pub struct Batchable {
     pub device: Box<dyn StepDevice>,
     /// The model.
     pub model: ModelInfo,
-    /// Ids that end a choice.
-    pub end_tokens: Vec<u32>,
     /// Ids that the tokenizer does not have.
     pub padding_ids: Vec<u32>,
     /// What its cached KV depends on, in words.
@@ -140,7 +141,6 @@ impl Batchable {
         }
         Self {
             model,
-            end_tokens: engine.end_tokens(),
             padding_ids: engine.padding_ids(),
             positions: format!("{:?}", engine.positions()),
             limits: engine.batch_limits(),
@@ -193,7 +193,7 @@ impl Batched {
         lost: impl Fn(EngineLost) + Send + 'static,
     ) -> Result<Self, BatchStartError> {
         let scheduler = Scheduler::new(batchable.config(options)?)?;
-        let Batchable { device, model, end_tokens, padding_ids, .. } = batchable;
+        let Batchable { device, model, padding_ids, .. } = batchable;
         let status = Arc::new(Status::new(options.step_timeout));
         let (inbox, heard) = channel();
         let (orders, ordered) = channel();
@@ -203,7 +203,7 @@ impl Batched {
         thread("longhaul-device")
             .spawn(move || device::run(device, &ordered, &results, &progress))
             .map_err(system)?;
-        let rules = Rules::new(&model, end_tokens, padding_ids);
+        let rules = Rules::new(&model, padding_ids);
         let epoch = Instant::now();
         let step_loop =
             StepLoop::new(scheduler, heard, orders, Arc::clone(&status), rules, epoch, Box::new(lost));
@@ -211,6 +211,7 @@ impl Batched {
         Ok(Self {
             model,
             queued_events: options.queued_events.max(16),
+            no_priorities: options.no_priorities,
             next_id: AtomicU64::new(0),
             admission: Arc::new(Admission::new(options.queue)),
             status,
@@ -231,6 +232,12 @@ impl Serving for Batched {
 
     fn submit(&self, submission: Submission) -> Result<EventStream, Refusal> {
         self.status.accepts().map_err(Refusal::Unavailable)?;
+        if self.no_priorities && submission.priority != 0 {
+            return Err(Refusal::Field {
+                field: "priority",
+                message: "requests are served as they come (--scheduling-policy fcfs); leave it out".into(),
+            });
+        }
         let (place, key) = self.admission.admit(&submission.namespace, submission.prompt.len())?;
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let events = self.queued_events.saturating_mul(submission.n as usize);
@@ -285,6 +292,7 @@ fn describe(engine: &Engine, root: String) -> ModelInfo {
             .max_model_len()
             .min(engine.kv_blocks().saturating_mul(engine.block_size().max(1))),
         vocab_size: engine.spec().vocab_size,
+        end_tokens: engine.end_tokens(),
         sampling: SamplingParams {
             // The API's default is 1, also for a checkpoint whose authors decode greedily.
             temperature: engine.generation_config().temperature.unwrap_or(1.0),

@@ -19,6 +19,7 @@ use super::request::{End, Rules, Running};
 use super::status::Status;
 use super::{Message, New};
 use crate::lifecycle::EngineLost;
+use crate::log::{Level, event};
 use crate::serving::{Failure, STEP_ROWS, SpeculationCounts, TokenScore};
 
 /// How often deadlines are looked at while nothing else happens.
@@ -194,7 +195,7 @@ impl StepLoop {
             Err(error) => {
                 self.failures += 1;
                 let reason = error.to_string();
-                eprintln!("a step failed: {reason}");
+                event(Level::Error, "a step failed", [("reason", reason.as_str().into())]);
                 for id in flight.samples.iter().map(|sample| sample.sequence.request) {
                     if let Some(request) = self.requests.get_mut(&id) {
                         request.explain(Failure::Engine(reason.clone()));
@@ -240,7 +241,10 @@ impl StepLoop {
                     if let Some(request) = request {
                         let top = score.and_then(|index| scores.get_mut(index)).map(std::mem::take);
                         let top = top.unwrap_or_default().top;
-                        let token = TokenScore { id: sampled.id, logprob: sampled.logprob, top };
+                        // One token has one score: clients see whether a token was the best one by comparing them.
+                        let listed = top.iter().find(|(id, _)| *id == sampled.id);
+                        let logprob = listed.map_or(sampled.logprob, |(_, logprob)| *logprob);
+                        let token = TokenScore { id: sampled.id, logprob, top };
                         request.drawn(sequence.choice, position, token);
                     }
                     SampleResult::Token(sampled.id)
@@ -316,7 +320,7 @@ impl StepLoop {
 
     fn token(&mut self, sequence: SequenceId, token: u32, end: Option<End>) {
         let Some(request) = self.requests.get_mut(&sequence.request) else { return };
-        if !request.token(sequence.choice, token, end, &self.rules) || request.is_cancelled() {
+        if !request.token(sequence.choice, token, end) || request.is_cancelled() {
             self.events.push(scheduler::Event::Cancel(sequence.request));
         }
     }

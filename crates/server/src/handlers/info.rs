@@ -75,8 +75,9 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /openapi.json`
-pub(crate) async fn openapi() -> Response {
-    body(&openapi::document())
+pub(crate) async fn openapi(State(app): State<Arc<App>>) -> Response {
+    let serving = app.lifecycle.serving();
+    body(&openapi::document(&app.config, serving.as_ref().map(|serving| serving.model())))
 }
 
 /// `GET /v1/models`

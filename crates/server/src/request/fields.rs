@@ -166,11 +166,12 @@ impl Fields {
     }
 }
 
-/// An integer, also when it is written as `20.0`.
+/// An integer, also when it is written as `20.0` or `1e18`. A float has one value, which is an integer or none.
 fn integer(value: &Value) -> Option<i64> {
     value.as_i64().or_else(|| {
-        let x = value.as_f64()?;
-        (x.fract() == 0.0 && x.abs() < 9.0e15).then_some(x as i64)
+        // What is no i64 is a u64 above it, which rounds to 2^63 at least, or a float. 2^63 is the first that is too large.
+        let (x, end) = (value.as_f64()?, -(i64::MIN as f64));
+        (x.fract() == 0.0 && (-end..end).contains(&x)).then_some(x as i64)
     })
 }
 
@@ -178,7 +179,7 @@ fn integer(value: &Value) -> Option<i64> {
 pub(crate) fn token_ids(items: &[Value], vocab: usize) -> Result<Vec<u32>, (usize, String)> {
     let mut ids = Vec::with_capacity(items.len());
     for (index, item) in items.iter().enumerate() {
-        match item.as_u64().and_then(|id| u32::try_from(id).ok()) {
+        match integer(item).and_then(|id| u32::try_from(id).ok()) {
             Some(id) if (id as usize) < vocab => ids.push(id),
             _ => {
                 return Err((
@@ -261,6 +262,25 @@ mod tests {
         ] {
             assert!(message(read(bad.clone())).contains("o.x: must be an integer from 0 to 16"), "{bad}");
         }
+    }
+
+    /// JSON has one kind of number: `1e18` is as much of an integer as `5`.
+    #[test]
+    fn integers_may_be_written_as_floats() {
+        let read = |value: Value| fields(json!({"x": value})).integer("x", i64::MIN, i64::MAX);
+        for (value, expected) in [
+            (json!(i64::MAX), i64::MAX),
+            (json!(i64::MIN), i64::MIN),
+            (json!(1e18), 1_000_000_000_000_000_000),
+            (json!(i64::MIN as f64), i64::MIN),
+            (json!(-0.0), 0),
+        ] {
+            assert_eq!(read(value), Ok(Some(expected)));
+        }
+        for bad in [json!(i64::MAX as u64 + 1), json!(u64::MAX), json!(9.3e18), json!(-9.3e18), json!(0.5)] {
+            assert!(read(bad.clone()).is_err(), "{bad}");
+        }
+        assert_eq!(fields(json!({"ids": [5.0, 1e0]})).ids("ids", 10, 3), Ok(vec![5, 1]));
     }
 
     #[test]

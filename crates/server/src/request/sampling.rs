@@ -1,23 +1,22 @@
 //! The fields that chats and completions share.
 
+use longhaul_text::SpecialTokens;
 use serde_json::{Value, json};
 
 use crate::config::Limits;
 use crate::error::{ApiError, ApiResult};
 use crate::request::Fields;
+use crate::request::bounds::{self, LABEL_BYTES, STOP_BYTES};
 use crate::request::fields::token_ids;
+use crate::request::structured::{Constraint, constraint};
 use crate::serving::{ModelInfo, Sampling};
-
-/// Longest stop string.
-const MAX_STOP_BYTES: usize = 256;
-
-/// Longest `cache_salt`, `request_id` and labels.
-const MAX_LABEL_BYTES: usize = 512;
 
 /// What chats and completions share.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Common {
     pub(crate) sampling: Sampling,
+    /// What the text has to look like.
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) n: u32,
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop_str_in_output: bool,
@@ -51,6 +50,7 @@ impl Common {
         labels(f)?;
         Ok(Self {
             n: f.integer("n", 1, limits.n.into())?.and_then(|n| u32::try_from(n).ok()).unwrap_or(1),
+            constraint: constraint(f)?,
             sampling: sampling(f, model, limits)?,
             stop: stops(f, limits)?,
             include_stop_str_in_output: f.boolean("include_stop_str_in_output")?.unwrap_or(false),
@@ -96,7 +96,8 @@ fn sampling(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Sam
         None => random_seed(),
     };
     let vocab = model.vocab_size;
-    let stop_token_ids = f.ids("stop_token_ids", vocab, 128)?;
+    let bad_words = bad_words(f, model, limits)?;
+    let stop_token_ids = f.ids("stop_token_ids", vocab, bounds::STOP_TOKEN_IDS)?;
     let mut allowed_token_ids = match f.has("allowed_token_ids") {
         false => Vec::new(),
         true => {
@@ -115,6 +116,7 @@ fn sampling(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Sam
         params,
         logit_bias: logit_bias(f, vocab, limits)?,
         allowed_token_ids,
+        bad_words,
         stop_token_ids,
         min_tokens: f.count("min_tokens", 0, i64::MAX)?.unwrap_or(0),
         ignore_eos: f.boolean("ignore_eos")?.unwrap_or(false),
@@ -167,6 +169,33 @@ fn logit_bias(f: &mut Fields, vocab: usize, limits: &Limits) -> ApiResult<Vec<(u
     Ok(bias)
 }
 
+/// Each word as it is cut at the beginning of a text and behind a blank.
+fn bad_words(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Vec<Vec<u32>>> {
+    const FIELD: &str = "bad_words";
+    let words = f.list(FIELD, limits.bad_words)?.unwrap_or_default();
+    let mut bad: Vec<Vec<u32>> = Vec::with_capacity(2 * words.len());
+    for (index, word) in words.iter().enumerate() {
+        let Some(word) = word.as_str().filter(|word| (1..=STOP_BYTES).contains(&word.trim_start().len()))
+        else {
+            let message =
+                format!("must be a word of 1 to {STOP_BYTES} bytes, not {}", crate::error::describe(word));
+            return Err(f.error(&format!("{FIELD}[{index}]"), message));
+        };
+        let Some(tokenizer) = &model.tokenizer else {
+            return Err(f.error(FIELD, "needs a tokenizer, which this model has not"));
+        };
+        let encode =
+            |text: &str| tokenizer.encode(text, SpecialTokens::AsText).map_err(crate::prompt::text_error);
+        let plain = encode(word.trim_start())?;
+        let behind_blank = encode(&format!(" {}", word.trim_start()))?;
+        // Where the blank is a token of its own, the word is cut as at the beginning.
+        let differs = behind_blank.first() != plain.first() && behind_blank.len() == plain.len();
+        bad.extend([Some(plain), Some(behind_blank).filter(|_| differs)].into_iter().flatten());
+    }
+    bad.retain(|ids| !ids.is_empty());
+    Ok(bad)
+}
+
 fn stops(f: &mut Fields, limits: &Limits) -> ApiResult<Vec<String>> {
     let items = match f.take("stop") {
         None => return Ok(Vec::new()),
@@ -181,11 +210,11 @@ fn stops(f: &mut Fields, limits: &Limits) -> ApiResult<Vec<String>> {
         .into_iter()
         .enumerate()
         .map(|(index, item)| match item {
-            Value::String(text) if (1..=MAX_STOP_BYTES).contains(&text.len()) => Ok(text),
+            Value::String(text) if (1..=STOP_BYTES).contains(&text.len()) => Ok(text),
             other => Err(f.error(
                 &format!("stop[{index}]"),
                 format_args!(
-                    "must be a string of 1 to {MAX_STOP_BYTES} bytes, not {}",
+                    "must be a string of 1 to {STOP_BYTES} bytes, not {}",
                     crate::error::describe(&other)
                 ),
             )),
@@ -237,8 +266,8 @@ fn truncation(f: &mut Fields, model: &ModelInfo) -> ApiResult<Option<usize>> {
 
 fn cache_salt(f: &mut Fields) -> ApiResult<Option<String>> {
     match f.string("cache_salt")? {
-        Some(salt) if salt.is_empty() || salt.len() > MAX_LABEL_BYTES => {
-            Err(f.error("cache_salt", format_args!("must have 1 to {MAX_LABEL_BYTES} bytes")))
+        Some(salt) if salt.is_empty() || salt.len() > LABEL_BYTES => {
+            Err(f.error("cache_salt", format_args!("must have 1 to {LABEL_BYTES} bytes")))
         }
         salt => Ok(salt),
     }
@@ -261,42 +290,25 @@ pub(crate) fn is_request_id(id: &str) -> bool {
 
 /// Known fields with one value that means nothing, and fields that are not supported at all.
 fn refuse_unsupported(f: &mut Fields) -> ApiResult<()> {
-    f.only("use_beam_search", &[json!(false)])?;
-    f.only("best_of", &[json!(1)])?;
-    f.only("length_penalty", &[json!(1), json!(1.0)])?;
-    f.only("spaces_between_special_tokens", &[json!(true)])?;
-    f.only("response_format", &[json!({"type": "text"})])?;
-    f.only("stream_interval", &[json!(1)])?;
-    f.only("service_tier", &[json!("auto"), json!("default")])?;
-    f.only("store", &[json!(false)])?;
-    for key in [
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "bad_words",
-        "logprob_token_ids",
-        "kv_transfer_params",
-        "vllm_xargs",
-        "repetition_detection",
-        "session_id",
-        "thinking_token_budget",
-        "prompt_embeds",
-    ] {
-        f.only(key, &[json!([]), json!({})])?;
+    for (key, values) in bounds::neutral() {
+        f.only(key, &values)?;
     }
     Ok(())
 }
 
 fn labels(f: &mut Fields) -> ApiResult<()> {
     for key in ["user", "safety_identifier", "prompt_cache_key"] {
-        f.label(key, MAX_LABEL_BYTES)?;
+        f.label(key, LABEL_BYTES)?;
     }
     if let Some(value) = f.take("metadata") {
         match value {
-            Value::Object(map) if map.len() <= 16 && map.values().all(Value::is_string) => {}
-            _ => return Err(f.error("metadata", "must be an object of at most 16 strings")),
+            Value::Object(map) if map.len() <= bounds::METADATA && map.values().all(Value::is_string) => {}
+            _ => {
+                return Err(f.error(
+                    "metadata",
+                    format_args!("must be an object of at most {} strings", bounds::METADATA),
+                ));
+            }
         }
     }
     Ok(())

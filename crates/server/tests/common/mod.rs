@@ -46,6 +46,7 @@ pub fn model() -> ModelInfo {
             .max()
             .unwrap(),
         vocab_size: tokenizer.vocab_size() + 7,
+        end_tokens: vec![tokenizer.special_id("<|im_end|>").unwrap()],
         tokenizer: Some(tokenizer),
         max_model_len: 4096,
         sampling: SamplingParams { temperature: 1.0, ..SamplingParams::greedy() },
@@ -68,6 +69,7 @@ pub struct Mock {
     pub running: Arc<AtomicUsize>,
     pub aborted: Arc<AtomicBool>,
     healthy: AtomicBool,
+    snapshot: Snapshot,
 }
 
 impl Mock {
@@ -81,6 +83,7 @@ impl Mock {
             running: Arc::default(),
             aborted: Arc::default(),
             healthy: AtomicBool::new(true),
+            snapshot: Snapshot::default(),
         }
     }
 
@@ -97,6 +100,11 @@ impl Mock {
 
     pub fn with_events(mut self, events: usize) -> Self {
         self.events = events;
+        self
+    }
+
+    pub fn with_snapshot(mut self, snapshot: Snapshot) -> Self {
+        self.snapshot = snapshot;
         self
     }
 
@@ -183,7 +191,7 @@ impl Serving for Mock {
     }
 
     fn snapshot(&self) -> Snapshot {
-        Snapshot { running: self.running.load(Ordering::SeqCst), ..Snapshot::default() }
+        Snapshot { running: self.running.load(Ordering::SeqCst), ..self.snapshot }
     }
 
     fn health(&self) -> Result<(), String> {
@@ -216,8 +224,12 @@ impl Running {
     }
 
     pub fn start(mock: &Arc<Mock>, config: Config) -> Self {
+        Self::serve(Arc::clone(mock) as Arc<dyn Serving>, config)
+    }
+
+    pub fn serve(serving: Arc<dyn Serving>, config: Config) -> Self {
         let server = Self::unloaded(config);
-        server.lifecycle.ready(Arc::clone(mock) as Arc<dyn Serving>);
+        server.lifecycle.ready(serving);
         server
     }
 
