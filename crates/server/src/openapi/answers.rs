@@ -23,9 +23,9 @@ pub(super) fn responses(path: &str, access: Access, body: bool) -> Map<String, V
         fail("408", "The body did not arrive in time");
         fail("413", "The body is too large");
         fail("415", "The body is compressed");
+        fail("429", "The caller's quota is used up");
     }
     if generates {
-        fail("429", "The caller's quota is used up");
         fail("504", "The request took longer than the server allows");
     }
     if body || path == "/v1/models" {
