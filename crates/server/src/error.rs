@@ -131,6 +131,7 @@ impl From<Failure> for ApiError {
         match failure {
             Failure::Engine(_) | Failure::Numeric | Failure::SlowReader => Self::internal(message),
             Failure::Grammar(_) => Self::bad_request(message),
+            Failure::NothingAllowed => Self::bad_request(message).with_param("allowed_token_ids"),
             Failure::Deadline => Self::new(StatusCode::GATEWAY_TIMEOUT, "GatewayTimeoutError", message),
             Failure::Drained => Self::draining(),
         }

@@ -257,17 +257,22 @@ async fn answer<W: Writer + Unpin>(ready: ApiResult<Ready<W>>, mut ticket: Ticke
 
 /// A JSON body.
 fn json(value: &Value) -> Response {
-    let mut response = Response::new(Body::from(value.to_string()));
+    written(value.to_string())
+}
+
+/// A JSON body that is written.
+fn written(json: String) -> Response {
+    let mut response = Response::new(Body::from(json));
     response.headers_mut().insert(CONTENT_TYPE, axum::http::HeaderValue::from_static("application/json"));
     response
 }
 
-/// Answers a request that generates nothing.
-fn plain(result: ApiResult<Value>, mut ticket: Ticket) -> Response {
+/// Answers a request that generates nothing. Its body may be large, so it is written where its text was read.
+fn plain(result: ApiResult<String>, mut ticket: Ticket) -> Response {
     match result {
-        Ok(value) => {
+        Ok(body) => {
             ticket.finish(crate::Outcome::Stop);
-            json(&value)
+            written(body)
         }
         Err(error) => {
             ticket.finish(error.outcome());

@@ -247,13 +247,13 @@ impl Generation {
     fn fail(&mut self, failure: Failure) -> ApiError {
         self.parts.iter_mut().for_each(|part| part.events = None);
         self.metrics.choice_finished(match failure {
-            Failure::Engine(_) | Failure::Numeric | Failure::Grammar(_) => "error",
+            Failure::Engine(_) | Failure::Numeric | Failure::Grammar(_) | Failure::NothingAllowed => "error",
             Failure::Deadline | Failure::Drained | Failure::SlowReader => "abort",
         });
         self.close(match failure {
             Failure::Engine(_) => Outcome::EngineError500,
             Failure::Numeric => Outcome::NumericError500,
-            Failure::Grammar(_) => Outcome::Invalid4xx,
+            Failure::Grammar(_) | Failure::NothingAllowed => Outcome::Invalid4xx,
             Failure::Deadline => Outcome::Deadline,
             Failure::Drained => Outcome::Drained503,
             Failure::SlowReader => Outcome::ClientGone,

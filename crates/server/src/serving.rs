@@ -185,6 +185,11 @@ pub enum Failure {
     /// The grammar of the request leads nowhere.
     #[error("structured output: {0}")]
     Grammar(String),
+    /// What the request allows and what it forbids leave no token to draw.
+    #[error(
+        "allowed_token_ids: nothing of it may be drawn here, by min_tokens or the other rules of the request"
+    )]
+    NothingAllowed,
     /// The deadline passed.
     #[error("the request took longer than its deadline")]
     Deadline,

@@ -173,7 +173,7 @@ impl Running {
     pub(super) fn nothing_allowed(&mut self) {
         let failure = match self.submission.grammar {
             Some(_) => Failure::Grammar("no token that the grammar allows may be drawn".into()),
-            None => Failure::Engine("the request's rules leave no token to draw".into()),
+            None => Failure::NothingAllowed,
         };
         self.explain(failure);
     }

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::response::Response;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::error::{ApiError, ApiResult};
 use crate::handlers::{Call, Ready, answer, plain, receive};
@@ -68,21 +68,26 @@ async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<ChatWriter>> 
     Ok(Ready { app: call.app, generation, writer, common })
 }
 
-async fn rendered(app: Arc<App>, request: Request) -> ApiResult<Value> {
+async fn rendered(app: Arc<App>, request: Request) -> ApiResult<String> {
     let mut call = receive(app, request).await?;
     let (request, prompt) = parse(&mut call).await?;
     let name = call.model_name(request.model.as_deref())?;
-    let model = call.model();
-    let template = model.template.as_ref().ok_or_else(|| ApiError::internal("the template is gone"))?;
-    let text = template.render_conversation(&request.conversation).map_err(text_error)?;
-    tokenizer(model)?;
-    Ok(json!({
-        "model": name,
-        "prompt": text,
-        "token_ids": prompt.ids.as_ref(),
-        "count": prompt.ids.len(),
-        "max_model_len": model.max_model_len,
-    }))
+    let serving = Arc::clone(&call.serving);
+    let work = move || {
+        let model = serving.model();
+        let template = model.template.as_ref().ok_or_else(|| ApiError::internal("the template is gone"))?;
+        let text = template.render_conversation(&request.conversation).map_err(text_error)?;
+        tokenizer(model)?;
+        let body = json!({
+            "model": name,
+            "prompt": text,
+            "token_ids": prompt.ids.as_ref(),
+            "count": prompt.ids.len(),
+            "max_model_len": model.max_model_len,
+        });
+        Ok(body.to_string())
+    };
+    call.app.pool.run(work).await
 }
 
 /// # Errors

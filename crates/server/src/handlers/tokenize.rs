@@ -3,7 +3,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use longhaul_text::SpecialTokens;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::error::ApiResult;
 use crate::handlers::{plain, receive};
@@ -23,7 +23,7 @@ pub(crate) async fn detokenize(State(app): State<Arc<App>>, request: Request) ->
     plain(text(app, request).await, ticket)
 }
 
-async fn tokens(app: Arc<App>, request: Request) -> ApiResult<Value> {
+async fn tokens(app: Arc<App>, request: Request) -> ApiResult<String> {
     let mut call = receive(app, request).await?;
     let (serving, limits) = (Arc::clone(&call.serving), call.app.config.limits.clone());
     let body = std::mem::take(&mut call.body);
@@ -49,14 +49,14 @@ async fn tokens(app: Arc<App>, request: Request) -> ApiResult<Value> {
             "tokens": ids.as_ref(),
             "token_strs": strings,
         });
-        Ok((request.model, body))
+        Ok((request.model, body.to_string()))
     };
     let (name, body) = call.app.pool.run(work).await?;
     call.model_name(name.as_deref())?;
     Ok(body)
 }
 
-async fn text(app: Arc<App>, request: Request) -> ApiResult<Value> {
+async fn text(app: Arc<App>, request: Request) -> ApiResult<String> {
     let mut call = receive(app, request).await?;
     let serving = Arc::clone(&call.serving);
     let body = std::mem::take(&mut call.body);
@@ -64,7 +64,7 @@ async fn text(app: Arc<App>, request: Request) -> ApiResult<Value> {
         let model = serving.model();
         let request = DetokenizeRequest::read(Fields::body(&body)?, model)?;
         let text = tokenizer(model)?.decode(&request.tokens, false);
-        Ok((request.model, json!({"prompt": text})))
+        Ok((request.model, json!({"prompt": text}).to_string()))
     };
     let (name, body) = call.app.pool.run(work).await?;
     call.model_name(name.as_deref())?;
