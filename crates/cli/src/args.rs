@@ -2,6 +2,8 @@
 
 mod all_reduce;
 mod bench;
+mod generation;
+mod logs;
 mod nodes;
 mod plan;
 mod serve;
@@ -21,9 +23,10 @@ use crate::exit;
 
 pub use all_reduce::AllReduceArg;
 pub use bench::{BenchArgs, BenchCommand, CollectivesArgs, ImplementationArg, KernelsArgs, LatencyArgs};
+pub use generation::{GenerationArgs, GenerationConfigArg};
 pub use nodes::NodesArgs;
 pub use plan::{KvDType, PlanArgs, PlanDType};
-pub use serve::{GenerationConfigArg, OnOffArg, ServeArgs};
+pub use serve::{HttpArgs, JsonList, OnOffArg, PolicyArg, ServeArgs};
 use values::{emulator_options, fraction, token_count};
 
 /// Serves the Qwen2 family with exact long context.
@@ -83,10 +86,16 @@ pub struct ModelArgs {
     pub kv_cache_dtype: KvCacheDtypeArg,
     /// Ranks that the model is dealt over, each with its shard of the weights and of the KV cache: a CUDA device each, or
     /// threads of the CPU. `longhaul plan` shows the shards
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), value_name = "N")]
+    #[arg(
+        long,
+        visible_alias = "tensor-parallel-size",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u8).range(1..=64),
+        value_name = "N"
+    )]
     pub tp: u8,
     /// Deal routed experts whole over the ranks instead of cutting each by columns
-    #[arg(long)]
+    #[arg(long, visible_alias = "enable-expert-parallel")]
     pub expert_parallel: bool,
     /// How partial sums of ranks on CUDA devices come together. peer: our kernels, where the devices map each other's memory.
     /// nccl: NVIDIA's library. host: through the host's memory, works everywhere, slow. auto: the first of these that works
@@ -172,6 +181,7 @@ impl ModelArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LoadFormatArg {
+    #[value(alias = "safetensors")]
     Auto,
     Dummy,
 }
@@ -211,7 +221,7 @@ impl From<KernelsArg> for Kernels {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DTypeArg {
     Auto,
-    #[value(alias = "f32")]
+    #[value(aliases = ["f32", "float"])]
     Float32,
     #[value(alias = "bf16")]
     Bfloat16,

@@ -7,7 +7,8 @@ use longhaul_backend::Error as BackendError;
 use longhaul_engine::EngineError;
 use longhaul_longdoc::LongdocError;
 use longhaul_model::ModelError;
-use longhaul_server::{KeyError, ServerError, TlsError};
+use longhaul_server::{KeyError, ServerError, TlsError, TraceError};
+use longhaul_text::TextError;
 
 use crate::output;
 
@@ -38,6 +39,13 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     {
         return ExitCode::SUCCESS;
     }
+    let (message, code) = explain(error);
+    output::tell(format_args!("error: {message}"));
+    code
+}
+
+/// `error` with its causes, and the exit code that fits it.
+pub fn explain(error: &anyhow::Error) -> (String, ExitCode) {
     let mut message = String::new();
     for cause in error.chain() {
         let cause = cause.to_string();
@@ -49,8 +57,7 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
             message.push_str(&cause);
         }
     }
-    output::tell(format_args!("error: {message}"));
-    ExitCode::from(code(error))
+    (message, ExitCode::from(code(error)))
 }
 
 /// Ends the process because its group of ranks has ended while the main thread is stuck in a step, or waits for somebody.
@@ -88,6 +95,12 @@ fn code(error: &anyhow::Error) -> u8 {
                     }
                 }
             };
+        }
+        if cause.is::<TextError>() {
+            return DATA;
+        }
+        if cause.is::<TraceError>() {
+            return USAGE;
         }
         if cause.is::<KeyError>() || cause.is::<TlsError>() {
             return CONFIG;

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
+use subtle::{ConditionallySelectable, ConstantTimeEq};
 
+use crate::quota::{KeyTerms, Quota};
 use crate::serving::Namespace;
 
 /// Longest key.
@@ -16,7 +18,21 @@ const MAX_KEY_BYTES: usize = 1024;
 /// The keys that may call the API.
 #[derive(Clone, Default)]
 pub struct ApiKeys {
-    digests: Arc<[[u8; 32]]>,
+    keys: Arc<[Key]>,
+}
+
+#[derive(Clone)]
+struct Key {
+    digest: [u8; 32],
+    quota: Arc<Quota>,
+}
+
+/// Who a request is from.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Admitted {
+    pub(crate) namespace: Namespace,
+    /// None without keys.
+    pub(crate) quota: Option<Arc<Quota>>,
 }
 
 /// A key that is none.
@@ -25,6 +41,14 @@ pub enum KeyError {
     /// A line without a key, or a key too long to be one.
     #[error("key {0}: an API key has 1 to {MAX_KEY_BYTES} printable ASCII characters without spaces")]
     Malformed(usize),
+    /// A term of a key that is none.
+    #[error("key {key}: {term:?} is none of name=NAME, rpm=N, tpm=N, concurrent=N, priority=N")]
+    Term {
+        /// The key's number.
+        key: usize,
+        /// What was written.
+        term: String,
+    },
     /// A source of keys that has none.
     #[error("no API key in it; one key a line is expected")]
     Empty,
@@ -36,41 +60,64 @@ impl ApiKeys {
     /// # Errors
     /// [`KeyError::Malformed`].
     pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Result<Self, KeyError> {
-        let mut digests = Vec::new();
-        for (index, key) in keys.into_iter().enumerate() {
+        Self::with_terms(keys.into_iter().map(|key| (key, KeyTerms::default())))
+    }
+
+    /// Keys with what their owners may ask for.
+    ///
+    /// # Errors
+    /// [`KeyError::Malformed`].
+    pub fn with_terms<'a>(keys: impl IntoIterator<Item = (&'a str, KeyTerms)>) -> Result<Self, KeyError> {
+        let now = Instant::now();
+        let mut all = Vec::new();
+        for (index, (key, terms)) in keys.into_iter().enumerate() {
             let printable = key.bytes().all(|b| b.is_ascii_graphic());
             if key.is_empty() || key.len() > MAX_KEY_BYTES || !printable {
                 return Err(KeyError::Malformed(index + 1));
             }
-            digests.push(digest(key.as_bytes()));
+            all.push(Key { digest: digest(key.as_bytes()), quota: Arc::new(Quota::new(terms, now)) });
         }
-        Ok(Self { digests: digests.into() })
+        Ok(Self { keys: all.into() })
     }
 
-    /// One key a line; empty lines and lines that begin with `#` are skipped.
+    /// One key a line, with its terms after it: `KEY [name=NAME] [rpm=N] [tpm=N] [concurrent=N] [priority=N]`. Empty lines
+    /// and lines that begin with `#` are skipped.
     ///
     /// # Errors
-    /// [`KeyError::Malformed`], and [`KeyError::Empty`] for a text without keys.
+    /// [`KeyError::Malformed`], [`KeyError::Term`], and [`KeyError::Empty`] for a text without keys.
     pub fn parse(text: &str) -> Result<Self, KeyError> {
         let keys = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-        let keys = Self::new(keys)?;
+        let mut all = Vec::new();
+        for (index, line) in keys.enumerate() {
+            let mut words = line.split_ascii_whitespace();
+            let key = words.next().unwrap_or_default();
+            let mut terms = KeyTerms::default();
+            for word in words {
+                term(&mut terms, word).ok_or_else(|| KeyError::Term {
+                    key: index + 1,
+                    term: word.chars().take(64).collect(),
+                })?;
+            }
+            all.push((key, terms));
+        }
+        let keys = Self::with_terms(all)?;
         if keys.is_empty() { Err(KeyError::Empty) } else { Ok(keys) }
     }
 
     /// These keys and those of `other`.
     pub fn and(&self, other: &Self) -> Self {
-        Self { digests: self.digests.iter().chain(other.digests.iter()).copied().collect() }
+        Self { keys: self.keys.iter().chain(other.keys.iter()).cloned().collect() }
     }
 
     /// Whether there is no key: everybody may call.
     pub fn is_empty(&self) -> bool {
-        self.digests.is_empty()
+        self.keys.is_empty()
     }
 
     /// Whose request it is; none when it may not be served. Without keys every request may, in one namespace.
-    pub(crate) fn admit(&self, headers: &HeaderMap) -> Option<Namespace> {
+    pub(crate) fn admit(&self, headers: &HeaderMap) -> Option<Admitted> {
         if self.is_empty() {
-            return Some(Namespace::default());
+            return Some(Admitted::default());
         }
         let mut values = headers.get_all(AUTHORIZATION).iter();
         let (value, None) = (values.next()?, values.next()) else { return None };
@@ -80,18 +127,39 @@ impl ApiKeys {
         }
         let given = digest(token.as_bytes());
         // Every key is looked at, so the time tells nothing of which one matched or how far.
-        let known = self.digests.iter().fold(Choice::from(0), |known, key| known | key.ct_eq(&given));
-        bool::from(known).then(|| {
-            let name: String = given.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-            Namespace(Some(name.into()))
-        })
+        let mut found = 0u64;
+        for (number, key) in (1..).zip(self.keys.iter()) {
+            found = u64::conditional_select(&found, &number, key.digest.ct_eq(&given));
+        }
+        let key = self.keys.get(usize::try_from(found.checked_sub(1)?).ok()?)?;
+        let name: String = given.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        Some(Admitted { namespace: Namespace(Some(name.into())), quota: Some(Arc::clone(&key.quota)) })
     }
 }
 
 /// Never the keys.
 impl fmt::Debug for ApiKeys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ApiKeys({})", self.digests.len())
+        write!(f, "ApiKeys({})", self.keys.len())
+    }
+}
+
+/// Takes a term of a key; none when it is none.
+fn term(terms: &mut KeyTerms, word: &str) -> Option<()> {
+    let (name, value) = word.split_once('=')?;
+    let count = || value.parse::<u32>().ok().filter(|n| *n > 0);
+    match name {
+        "name" => {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'@');
+            let good = (1..=64).contains(&value.len()) && value.bytes().all(plain);
+            terms.name = good.then(|| value.to_owned());
+            terms.name.is_some().then_some(())
+        }
+        "rpm" => count().map(|n| terms.requests_per_minute = Some(n)),
+        "tpm" => count().map(|n| terms.tokens_per_minute = Some(n)),
+        "concurrent" => count().map(|n| terms.concurrent = Some(n)),
+        "priority" => value.parse().ok().map(|n| terms.priority = n),
+        _ => None,
     }
 }
 
@@ -140,11 +208,37 @@ mod tests {
     #[test]
     fn a_key_is_a_namespace_and_never_shown() {
         let keys = ApiKeys::new(["canary-one", "canary-two"]).unwrap();
-        let one = keys.admit(&headers(&["Bearer canary-one"])).unwrap();
-        let two = keys.admit(&headers(&["Bearer canary-two"])).unwrap();
+        let of = |key: &str| keys.admit(&headers(&[&format!("Bearer {key}")])).unwrap().namespace;
+        let (one, two) = (of("canary-one"), of("canary-two"));
         assert_ne!(one, two);
-        assert_eq!(one, keys.admit(&headers(&["Bearer canary-one"])).unwrap());
+        assert_eq!(one, of("canary-one"));
         assert!(!format!("{keys:?} {one:?}").contains("canary"));
+    }
+
+    #[test]
+    fn terms_stand_after_their_key() {
+        let keys = ApiKeys::parse("plain\nsecret name=team-a rpm=60 tpm=100000\tconcurrent=4 priority=-1\n")
+            .unwrap();
+        let terms = |key: &str| {
+            let admitted = keys.admit(&headers(&[&format!("Bearer {key}")])).unwrap();
+            admitted.quota.unwrap().terms.clone()
+        };
+        assert_eq!(terms("plain"), KeyTerms::default());
+        let all = KeyTerms {
+            name: Some("team-a".into()),
+            requests_per_minute: Some(60),
+            tokens_per_minute: Some(100_000),
+            concurrent: Some(4),
+            priority: -1,
+        };
+        assert_eq!(terms("secret"), all);
+        for bad in
+            ["rpm", "rpm=", "rpm=0", "rpm=-1", "rpm=x", "RPM=1", "name=", "name=a/b", "priority=high", "more"]
+        {
+            let error = ApiKeys::parse(&format!("first\nsecret {bad}")).unwrap_err();
+            assert_eq!(error, KeyError::Term { key: 2, term: bad.into() });
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
     }
 
     #[test]

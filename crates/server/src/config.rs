@@ -1,9 +1,15 @@
 //! What an operator decides.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
+
+use axum::http::{HeaderName, HeaderValue, Method};
+use serde_json::{Map, Value};
 
 use crate::auth::ApiKeys;
 use crate::tls::Tls;
+use crate::traces::Tracer;
 
 /// Settings of a server.
 #[derive(Debug, Clone)]
@@ -16,6 +22,14 @@ pub struct Config {
     pub allow_unauthenticated: bool,
     /// Speak TLS, with this certificate.
     pub tls: Option<Tls>,
+    /// A path that may stand before every route, as proxies add it; empty = none.
+    pub root_path: String,
+    /// Pages that may call the API from a browser; empty = none.
+    pub cors: Cors,
+    /// Variables of the chat template that requests may override.
+    pub template_variables: Map<String, Value>,
+    /// Show tokens as `token_id:N`, asked for or not.
+    pub tokens_as_ids: bool,
     /// Host names that requests may be addressed to; empty = any, but on a loopback address without keys only that machine's
     /// own names, so that no web page can call the API through a name of its own.
     pub allowed_hosts: Vec<String>,
@@ -33,8 +47,46 @@ pub struct Config {
     pub drain_delay: Duration,
     /// Time that running requests have after that.
     pub drain_timeout: Duration,
+    /// What the log tells of requests.
+    pub log: LogContent,
+    /// Lines of the log that were dropped, for the metrics.
+    pub log_drops: Option<Arc<AtomicU64>>,
+    /// Send a span for every request that reached the engine.
+    pub tracer: Option<Tracer>,
     /// Bounds of what a client may ask for.
     pub limits: Limits,
+}
+
+/// Pages of other origins that may call the API from a browser. `*` stands for all.
+#[derive(Debug, Clone, Default)]
+pub struct Cors {
+    /// Origins, such as `https://chat.example`; empty = no page of another origin.
+    pub origins: Vec<HeaderValue>,
+    /// Methods; empty = those that there are.
+    pub methods: Vec<Method>,
+    /// Headers of requests; empty = all.
+    pub headers: Vec<HeaderName>,
+    /// Whether pages may send what a browser has stored for this server. Not with all origins.
+    pub credentials: bool,
+}
+
+/// What the log tells of requests, beyond one record of each without what was said.
+#[derive(Debug, Clone)]
+pub struct LogContent {
+    /// Prompts and parameters.
+    pub requests: bool,
+    /// Answers.
+    pub outputs: bool,
+    /// Most characters of a prompt or an answer.
+    pub max_len: usize,
+    /// Routes without records.
+    pub silent_routes: Vec<String>,
+}
+
+impl Default for LogContent {
+    fn default() -> Self {
+        Self { requests: false, outputs: false, max_len: 2048, silent_routes: Vec::new() }
+    }
 }
 
 impl Default for Config {
@@ -44,6 +96,10 @@ impl Default for Config {
             api_keys: ApiKeys::default(),
             allow_unauthenticated: false,
             tls: None,
+            root_path: String::new(),
+            cors: Cors::default(),
+            template_variables: Map::new(),
+            tokens_as_ids: false,
             allowed_hosts: Vec::new(),
             request_id_headers: false,
             force_include_usage: false,
@@ -52,6 +108,9 @@ impl Default for Config {
             response_role: "assistant".into(),
             drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
+            log: LogContent::default(),
+            log_drops: None,
+            tracer: None,
             limits: Limits::default(),
         }
     }

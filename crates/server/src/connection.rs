@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
-use hyper::body::{Frame, SizeHint};
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -21,7 +21,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
-use crate::config::Limits;
+use crate::config::{Config, Limits};
+use crate::router::rooted;
 use crate::server::App;
 
 /// Largest head of a request, and the read buffer of a connection.
@@ -107,7 +108,7 @@ async fn connection(
 ) {
     app.metrics.connections.fetch_add(1, Ordering::Relaxed);
     if let Some(stream) = secured(&app, stream).await {
-        serve(&app.config.limits, stream, router, closing).await;
+        serve(&app.config, stream, router, closing).await;
     }
     app.metrics.connections.fetch_sub(1, Ordering::Relaxed);
     drop(permit);
@@ -125,11 +126,15 @@ async fn secured(app: &App, stream: BoxStream) -> Option<BoxStream> {
     }
 }
 
-async fn serve(limits: &Limits, stream: BoxStream, router: Router, mut closing: watch::Receiver<bool>) {
+async fn serve(config: &Config, stream: BoxStream, router: Router, mut closing: watch::Receiver<bool>) {
+    let limits = &config.limits;
     let phase = Arc::new(watch::Sender::new(Phase::Head));
     let timed = Timed { stream, phase: Arc::clone(&phase), limit: limits.write_time, stalled: None };
     let router = TowerToHyperService::new(router);
-    let service = service_fn(|request| {
+    let service = service_fn(|mut request: hyper::Request<Incoming>| {
+        if let Some(uri) = rooted(&config.root_path, request.uri()) {
+            *request.uri_mut() = uri;
+        }
         phase.send_replace(Phase::Busy);
         // Made before the answer, so that a handler that ends without one leaves it, too.
         let busy = Busy(Arc::clone(&phase));

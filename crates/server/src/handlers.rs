@@ -23,6 +23,7 @@ use tokio::time::{timeout, timeout_at};
 use crate::choice::TextOptions;
 use crate::error::{ApiError, ApiResult, quote};
 use crate::ledger::Ticket;
+use crate::logprobs::TokenWriter;
 use crate::metrics::Metrics;
 use crate::pipeline::{Generation, Update};
 use crate::request::{Common, check_content_type};
@@ -43,6 +44,12 @@ struct Call {
     arrived: Instant,
 }
 
+/// A request for the API has arrived.
+fn open(app: &App, request: &Request) -> Ticket {
+    let caller = request.extensions().get::<Caller>();
+    app.metrics.ledger.open().with_record(caller.map(|caller| Arc::clone(&caller.record)))
+}
+
 /// Receives a request for the API.
 async fn receive(app: Arc<App>, request: Request) -> ApiResult<Call> {
     let arrived = Instant::now();
@@ -59,6 +66,10 @@ async fn receive(app: Arc<App>, request: Request) -> ApiResult<Call> {
     let (parts, body) = request.into_parts();
     let caller = parts.extensions.get::<Caller>().cloned();
     let caller = caller.ok_or_else(|| ApiError::internal("the request was not checked"))?;
+    if let Some(quota) = &caller.quota {
+        let lease = quota.admit(arrived).inspect_err(|_| app.metrics.rejected("quota"))?;
+        caller.record.hold(lease);
+    }
     let limit = app.config.limits.body_limit(serving.model().max_model_len);
     let (body, held) = read_body(&app, &parts.headers, body, limit).await?;
     Ok(Call { app, serving, caller, body, held, arrived })
@@ -157,9 +168,13 @@ impl Call {
     /// A name under which nothing is served.
     fn model_name(&self, asked: Option<&str>) -> ApiResult<String> {
         let names = names(&self.app, self.model());
+        let named = |name: String| {
+            self.caller.record.model(&name);
+            Ok(name)
+        };
         match asked {
-            None => Ok(names.first().cloned().unwrap_or_default()),
-            Some(asked) if names.iter().any(|name| name == asked) => Ok(asked.to_owned()),
+            None => named(names.first().cloned().unwrap_or_default()),
+            Some(asked) if names.iter().any(|name| name == asked) => named(asked.to_owned()),
             Some(asked) => {
                 let asked = quote(asked);
                 let message = format!("The model `{}` does not exist.", asked.trim_matches('"'));
@@ -179,6 +194,11 @@ impl Call {
         Head { id, created: unix_seconds(), model, details }
     }
 
+    fn token_writer(&self, common: &Common) -> TokenWriter {
+        let as_ids = common.return_tokens_as_token_ids || self.app.config.tokens_as_ids;
+        TokenWriter::new(self.model().tokenizer.clone(), as_ids)
+    }
+
     fn text_options(&self, common: &Common, tools: bool, parallel_tool_calls: bool) -> TextOptions {
         TextOptions {
             tokenizer: self.model().tokenizer.clone(),
@@ -193,7 +213,7 @@ impl Call {
 
     fn submission(&self, id: String, prompt: Arc<[u32]>, common: &Common, max_tokens: usize) -> Submission {
         let limit = self.app.config.limits.request_time;
-        Submission {
+        let submission = Submission {
             id,
             prompt,
             sampling: common.sampling.clone(),
@@ -203,10 +223,16 @@ impl Call {
             logprobs: None,
             prompt_logprobs: common.prompt_logprobs,
             deadline: limit.map(|limit| self.arrived + limit),
-            priority: common.priority,
+            priority: self
+                .caller
+                .quota
+                .as_ref()
+                .map_or(common.priority, |quota| common.priority.saturating_add(quota.terms.priority)),
             cache_salt: common.cache_salt.clone(),
             namespace: self.caller.namespace.clone(),
-        }
+        };
+        self.caller.record.submitted(&submission);
+        submission
     }
 }
 

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Notify;
 
+use crate::record::Record;
+
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -78,7 +80,7 @@ impl Ledger {
     /// A request arrived.
     pub(crate) fn open(self: &Arc<Self>) -> Ticket {
         self.received.fetch_add(1, Ordering::AcqRel);
-        Ticket { ledger: Arc::clone(self), open: true }
+        Ticket { ledger: Arc::clone(self), open: true, record: None }
     }
 
     pub(crate) fn received(&self) -> u64 {
@@ -113,15 +115,32 @@ impl Ledger {
 pub(crate) struct Ticket {
     ledger: Arc<Ledger>,
     open: bool,
+    record: Option<Arc<Record>>,
 }
 
 impl Ticket {
+    /// Has the outcome recorded with what else is known of the request.
+    pub(crate) fn with_record(self, record: Option<Arc<Record>>) -> Self {
+        // No field can be moved out of what has a `drop`.
+        let mut ticket = self;
+        ticket.record = record;
+        ticket
+    }
+
+    /// The request's record.
+    pub(crate) fn record(&self) -> Option<&Record> {
+        self.record.as_deref()
+    }
+
     /// Records how the request ended; only the first outcome counts.
     pub(crate) fn finish(&mut self, outcome: Outcome) {
         if std::mem::take(&mut self.open)
             && let Some(count) = self.ledger.finished.get(outcome as usize)
         {
             count.fetch_add(1, Ordering::AcqRel);
+            if let Some(record) = &self.record {
+                record.outcome(outcome);
+            }
             self.ledger.changed.notify_waiters();
         }
     }

@@ -28,11 +28,14 @@ mod handlers;
 mod host;
 mod ledger;
 mod lifecycle;
+mod log;
 mod logprobs;
 mod metrics;
 mod openapi;
 mod pipeline;
 mod prompt;
+mod quota;
+mod record;
 mod request;
 mod response;
 mod router;
@@ -40,17 +43,21 @@ mod server;
 mod serving;
 mod sse;
 mod tls;
+mod traces;
 
 pub use auth::{ApiKeys, KeyError};
 pub use batch::{BatchOptions, BatchStartError, Batchable, Batched, Defaults, QueueLimits, StepDevice};
-pub use config::{Config, Limits};
+pub use config::{Config, Cors, Limits, LogContent};
 pub use endpoint::Endpoint;
 pub use ledger::Outcome;
 pub use lifecycle::{EngineLost, Lifecycle, Phase};
+pub use log::{Level, Log, LogFormat, LogOptions, error, info, warn};
 pub use longhaul_scheduler::NgramConfig;
+pub use quota::KeyTerms;
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
     Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
     Refusal, STEP_ROWS, Sampling, Serving, Snapshot, SpeculationCounts, Submission, TokenScore, channel,
 };
 pub use tls::{Tls, TlsError};
+pub use traces::{TraceError, Tracer};

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::ledger::Ledger;
-use crate::serving::{ModelInfo, Snapshot, SpeculationCounts};
+use crate::serving::{ModelInfo, STEP_ROWS, Snapshot, SpeculationCounts};
+use crate::traces::Tracer;
 
 const TTFT: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -89,6 +90,9 @@ pub(crate) struct Metrics {
     pub(crate) handshake_errors: AtomicU64,
     /// Bytes of bodies that are being read or parsed, rounded up to KiB each.
     pub(crate) body_bytes: AtomicU64,
+    /// Of the log.
+    log_drops: Option<Arc<AtomicU64>>,
+    tracer: Option<Tracer>,
     rejections: Mutex<BTreeMap<&'static str, u64>>,
     finished: Mutex<BTreeMap<&'static str, u64>>,
     http: Mutex<BTreeMap<HttpKey, Arc<HttpSeries>>>,
@@ -104,6 +108,8 @@ pub(crate) struct Metrics {
     pub(crate) request_generation_tokens: Histogram,
     pub(crate) params_max_tokens: Histogram,
     pub(crate) params_n: Histogram,
+    pub(crate) prefill_computed: Histogram,
+    pub(crate) most_generated: Histogram,
 }
 
 type HttpKey = (&'static str, String, u16);
@@ -128,6 +134,8 @@ impl Default for Metrics {
             accept_errors: counter(),
             handshake_errors: counter(),
             body_bytes: counter(),
+            log_drops: None,
+            tracer: None,
             rejections: Mutex::default(),
             finished: Mutex::default(),
             http: Mutex::default(),
@@ -143,11 +151,18 @@ impl Default for Metrics {
             request_generation_tokens: Histogram::new(TOKENS),
             params_max_tokens: Histogram::new(TOKENS),
             params_n: Histogram::new(CHOICES),
+            prefill_computed: Histogram::new(TOKENS),
+            most_generated: Histogram::new(TOKENS),
         }
     }
 }
 
 impl Metrics {
+    /// With the lines that the log drops, and the tracer that drops spans.
+    pub(crate) fn new(log_drops: Option<Arc<AtomicU64>>, tracer: Option<Tracer>) -> Self {
+        Self { log_drops, tracer, ..Self::default() }
+    }
+
     /// A request was refused for `reason`.
     pub(crate) fn rejected(&self, reason: &'static str) {
         *lock(&self.rejections).entry(reason).or_default() += 1;
@@ -191,6 +206,20 @@ impl Metrics {
             "Prompt tokens found in the prefix cache.",
             load(&self.cached_tokens),
         );
+        out.head(
+            "vllm:prompt_tokens_by_source_total",
+            "counter",
+            "Prompt tokens by where their KV came from.",
+        );
+        let (all, cached) = (load(&self.prompt_tokens), load(&self.cached_tokens));
+        for (source, count) in [
+            ("local_compute", all.saturating_sub(cached)),
+            ("local_cache_hit", cached),
+            ("external_kv_transfer", 0),
+        ] {
+            let label = format!("source=\"{source}\"");
+            out.sample("vllm:prompt_tokens_by_source_total", &label, count as f64);
+        }
         out.counter("vllm:generation_tokens", "Generated tokens.", load(&self.generation_tokens));
         out.counter(
             "vllm:corrupted_requests",
@@ -236,7 +265,7 @@ impl Metrics {
             "outcome",
             self.ledger.finished().map(|(outcome, count)| (outcome.label(), count)).collect(),
         );
-        let histograms: [(&Histogram, &str, &str); 12] = [
+        let histograms: [(&Histogram, &str, &str); 14] = [
             (
                 &self.time_to_first_token,
                 "vllm:time_to_first_token_seconds",
@@ -269,6 +298,16 @@ impl Metrics {
             ),
             (&self.params_max_tokens, "vllm:request_params_max_tokens", "max_tokens of a request."),
             (&self.params_n, "vllm:request_params_n", "n of a request."),
+            (
+                &self.prefill_computed,
+                "vllm:request_prefill_kv_computed_tokens",
+                "Prompt tokens of a request that were not in the prefix cache.",
+            ),
+            (
+                &self.most_generated,
+                "vllm:request_max_num_generation_tokens",
+                "Generated tokens of a prompt's longest choice.",
+            ),
         ];
         for (histogram, name, help) in histograms {
             histogram.write(out, name, help);
@@ -306,6 +345,16 @@ impl Metrics {
             load(&self.handshake_errors),
         );
         out.gauge("longhaul_body_bytes", "Bodies being read or parsed.", load(&self.body_bytes) as f64);
+        out.counter(
+            "longhaul_log_lines_dropped",
+            "Lines of the log for which there was no room, because nobody read it.",
+            self.log_drops.as_ref().map_or(0, |drops| load(drops)),
+        );
+        out.counter(
+            "longhaul_trace_spans_dropped",
+            "Spans that their collector did not take.",
+            self.tracer.as_ref().map_or(0, Tracer::dropped),
+        );
         out.counter("longhaul_panics", "Handlers that panicked.", load(&self.panics));
         out.gauge("longhaul_uptime_seconds", "Since the port was bound.", started.elapsed().as_secs_f64());
     }
@@ -327,6 +376,23 @@ fn engine(out: &mut Exposition, model: &ModelInfo, snapshot: Snapshot) {
     out.counter("vllm:prefix_cache_hits", "Prompt tokens found.", snapshot.prefix_hits);
     out.counter("vllm:gpu_prefix_cache_queries", "The same under its old name.", snapshot.prefix_queries);
     out.counter("vllm:gpu_prefix_cache_hits", "The same under its old name.", snapshot.prefix_hits);
+    out.head(
+        "vllm:iteration_tokens_total",
+        "histogram",
+        "Rows of a step: tokens that decode and tokens of prompts.",
+    );
+    let mut steps = 0;
+    let bounds = STEP_ROWS.iter().map(u64::to_string).chain(["+Inf".to_owned()]);
+    for (bound, count) in bounds.zip(snapshot.step_rows) {
+        steps += count;
+        out.sample("vllm:iteration_tokens_total_bucket", &format!("le=\"{bound}\""), steps as f64);
+    }
+    out.sample("vllm:iteration_tokens_total_sum", "", snapshot.step_rows_sum as f64);
+    out.sample("vllm:iteration_tokens_total_count", "", steps as f64);
+    out.head("vllm:engine_sleep_state", "gauge", "1 for the state of the weights.");
+    for (state, on) in [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)] {
+        out.sample("vllm:engine_sleep_state", &format!("sleep_state=\"{state}\""), on);
+    }
     out.counter("longhaul_steps", "Steps computed.", snapshot.steps);
     if let Some(counts) = &snapshot.speculation {
         speculation(out, counts);

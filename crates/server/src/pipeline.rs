@@ -11,6 +11,7 @@ use crate::choice::{Choice, Piece, TextOptions};
 use crate::error::{ApiError, ApiResult};
 use crate::ledger::{Outcome, Ticket};
 use crate::metrics::Metrics;
+use crate::record::{Record, Times};
 use crate::serving::{Event, EventStream, Failure, PromptToken, Refusal, Serving, Submission, TokenScore};
 
 /// What happened last.
@@ -102,7 +103,32 @@ impl Generation {
         self
     }
 
+    fn record(&self) -> Option<&Record> {
+        self.ticket.as_ref().and_then(Ticket::record)
+    }
+
+    /// Records how far the request came.
+    fn note(&self) {
+        let Some(record) = self.record() else { return };
+        let since = |at: Instant| at.saturating_duration_since(self.arrived);
+        let times = Times {
+            started: self.parts.iter().filter_map(|part| part.started).min().map(since),
+            first: self.parts.iter().filter_map(|part| part.first).min().map(since),
+        };
+        record.progress(self.usage(), times);
+    }
+
+    /// Records what a choice said.
+    fn say(&self, index: usize, piece: &Piece) {
+        let Some(record) = self.record().filter(|record| record.wants_outputs()) else { return };
+        record.said(index, &piece.text);
+        for (_, call) in &piece.calls {
+            record.said(index, &format!("<tool_call>{}({})</tool_call>", call.name, call.arguments));
+        }
+    }
+
     fn close(&mut self, outcome: Outcome) {
+        self.note();
         if let Some(ticket) = &mut self.ticket {
             ticket.finish(outcome);
         }
@@ -184,6 +210,7 @@ impl Generation {
                 metrics.prompt_tokens.fetch_add(part.prompt_tokens as u64, Ordering::Relaxed);
                 metrics.cached_tokens.fetch_add(cached_tokens as u64, Ordering::Relaxed);
                 metrics.request_prompt_tokens.record(part.prompt_tokens as f64);
+                metrics.prefill_computed.record(part.prompt_tokens.saturating_sub(cached_tokens) as f64);
                 None
             }
             Event::Prompt(tokens) => Some(Update::Prompt { part: index, tokens }),
@@ -206,6 +233,7 @@ impl Generation {
                     part.events.iter().for_each(|events| events.stop(choice));
                 }
                 self.ended(index, at, &piece);
+                self.say(index * n + at, &piece);
                 Some(Update::Piece { index: index * n + at, piece, token: Some(token) })
             }
             Event::Finished { choice, finish } => {
@@ -213,6 +241,7 @@ impl Generation {
                 let state = part.choices.get_mut(at).filter(|state| !state.ended())?;
                 let piece = state.finish(finish);
                 self.ended(index, at, &piece);
+                self.say(index * n + at, &piece);
                 Some(Update::Piece { index: index * n + at, piece, token: None })
             }
             Event::Failed(failure) => Some(Update::Failed(self.fail(failure))),
@@ -240,6 +269,8 @@ impl Generation {
             }
         }
         if part.choices.iter().all(Choice::ended) {
+            let most = part.choices.iter().map(Choice::tokens).max().unwrap_or(0);
+            metrics.most_generated.record(most as f64);
             part.events = None;
         }
     }
@@ -262,6 +293,13 @@ impl Generation {
             self.metrics.numeric_failures.fetch_add(1, Ordering::Relaxed);
         }
         failure.into()
+    }
+}
+
+/// A client that leaves closes nothing else.
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.note();
     }
 }
 

@@ -1,27 +1,36 @@
 //! Routes, and what every request passes before it reaches one: host check, key check, request id, panic guard.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, WWW_AUTHENTICATE};
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
+use hyper::body::{Frame, SizeHint};
 
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
+
+use crate::auth::Admitted;
+use crate::config::Cors;
 use crate::error::ApiError;
 use crate::handlers::{chat, completions, info, tokenize};
 use crate::host;
 use crate::lifecycle::Phase;
+use crate::quota::Quota;
+use crate::record::Record;
 use crate::request::is_request_id;
 use crate::server::App;
 use crate::serving::Namespace;
+use crate::traces::Parent;
 
 /// Who may call a route. A path that is no route is [`Access::Key`]: without a key nobody learns what exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,10 +80,44 @@ pub(crate) static ROUTES: &[Route] = &[
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     pub(crate) namespace: Namespace,
+    /// What its key may ask for.
+    pub(crate) quota: Option<Arc<Quota>>,
     /// The client's own id, if it sent a good one.
     pub(crate) given_id: Option<String>,
     /// That one, or a random one.
     pub(crate) id: String,
+    pub(crate) record: Arc<Record>,
+}
+
+/// A body that keeps the record of its request open until it is sent, or its client is gone.
+struct Recorded {
+    body: Body,
+    _record: Arc<Record>,
+}
+
+impl HttpBody for Recorded {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Whether requests for `route` are among those that count; one for no route at all does.
+pub(crate) fn is_counted(route: &str) -> bool {
+    ROUTES.iter().find(|known| known.path == route).is_none_or(|known| known.counted)
 }
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -85,11 +128,43 @@ pub(crate) fn router(app: Arc<App>) -> Router {
     for route in ROUTES {
         router = router.route(route.path, (route.handler)());
     }
-    router
+    router = router
         .fallback(|| async { ApiError::not_found("Not Found") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
-        .layer(from_fn_with_state(Arc::clone(&app), guard))
-        .with_state(app)
+        .layer(from_fn_with_state(Arc::clone(&app), guard));
+    // It answers every OPTIONS: only where somebody wants that.
+    if !app.config.cors.origins.is_empty() {
+        router = router.layer(cors(&app.config.cors));
+    }
+    router.with_state(app)
+}
+
+/// Answers what browsers ask before a page of another origin may call.
+fn cors(cors: &Cors) -> CorsLayer {
+    let any = cors.origins.iter().any(|origin| origin == "*");
+    let origins = if any { AllowOrigin::any() } else { AllowOrigin::list(cors.origins.clone()) };
+    let methods = match cors.methods.as_slice() {
+        [] => AllowMethods::list([Method::GET, Method::POST]),
+        methods => AllowMethods::list(methods.to_vec()),
+    };
+    let headers = match cors.headers.as_slice() {
+        [] => AllowHeaders::mirror_request(),
+        headers => AllowHeaders::list(headers.to_vec()),
+    };
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods(methods)
+        .allow_headers(headers)
+        .allow_credentials(cors.credentials && !any)
+        .expose_headers([REQUEST_ID.clone()])
+}
+
+/// The target without `root` before it, where it is there.
+pub(crate) fn rooted(root: &str, uri: &Uri) -> Option<Uri> {
+    let target = uri.path_and_query()?.as_str();
+    let rest = target.strip_prefix(root).filter(|rest| !root.is_empty() && rest.starts_with('/'))?;
+    // A target with a host of its own is refused later on.
+    if uri.authority().is_some() { None } else { rest.parse().ok() }
 }
 
 async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
@@ -99,25 +174,33 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     let route = ROUTES.iter().find(|route| route.path == path);
     let checked = host::check(request.version(), request.uri(), request.headers(), &app.config.allowed_hosts);
     let access = route.map_or(Access::Key, |route| route.access);
-    let namespace = match access {
-        Access::Public => Some(Namespace::default()),
+    let admitted = match access {
+        Access::Public => Some(Admitted::default()),
         Access::Key => app.config.api_keys.admit(request.headers()),
     };
     let given_id = request.headers().get(&REQUEST_ID).and_then(|id| id.to_str().ok());
     let given_id = given_id.filter(|id| is_request_id(id)).map(str::to_owned);
     let id = given_id.clone().unwrap_or_else(random_id);
-    let mut response = match (checked, namespace) {
+    let (path, method) = (route.map_or("none", |route| route.path), known(method.as_str()));
+    let parent = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+    let parent = parent.and_then(Parent::parse);
+    let record = Record::new(Arc::clone(&app), id.clone(), method, path, parent, started);
+    let response = match (checked, admitted) {
         (Err(error), _) => error.into_response(),
         (Ok(()), None) => unauthorized(),
-        (Ok(()), Some(namespace)) => {
-            request.extensions_mut().insert(Caller { namespace, given_id, id: id.clone() });
+        (Ok(()), Some(Admitted { namespace, quota })) => {
+            record.caller(&namespace, quota.as_deref());
+            let record = Arc::clone(&record);
+            request.extensions_mut().insert(Caller { namespace, quota, given_id, id: id.clone(), record });
             caught(&app, next.run(request)).await
         }
     };
+    let status = response.status().as_u16();
+    record.status(status);
     if route.is_none_or(|route| route.counted) {
-        let (path, method) = (route.map_or("none", |route| route.path), known(method.as_str()));
-        app.metrics.http(path, method, response.status().as_u16(), started.elapsed());
+        app.metrics.http(path, method, status, started.elapsed());
     }
+    let mut response = response.map(|body| Body::new(Recorded { body, _record: record }));
     let headers = response.headers_mut();
     if app.config.request_id_headers
         && let Ok(id) = HeaderValue::from_str(&id)

@@ -99,7 +99,7 @@ impl Server {
         let limits = &config.limits;
         let app = App {
             lifecycle: Lifecycle::default(),
-            metrics: Arc::default(),
+            metrics: Arc::new(Metrics::new(config.log_drops.clone(), config.tracer.clone())),
             pool: TextPool::new(limits.tokenizing),
             bodies: Arc::new(Semaphore::new((limits.inflight_body_bytes >> 10).max(1))),
             started: Instant::now(),

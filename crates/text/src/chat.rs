@@ -75,6 +75,15 @@ impl ChatTemplate {
         Ok(Self { template: Template::new(source, bos_token, eos_token, origin)? })
     }
 
+    /// Another template with the special tokens of this one.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn with_source(&self, source: &str, origin: &str) -> Result<Self, TextError> {
+        let (bos, eos) = self.template.special_tokens();
+        Self::new(source, bos, eos, origin)
+    }
+
     /// Renders `messages`, followed by the start of an assistant's turn if `add_generation_prompt`: see
     /// [`ChatTemplate::render_conversation`].
     ///

@@ -54,6 +54,11 @@ pub(crate) struct Template {
 }
 
 impl Template {
+    /// `bos_token` and `eos_token`.
+    pub(crate) fn special_tokens(&self) -> (Option<&str>, Option<&str>) {
+        (self.bos_token.as_deref(), self.eos_token.as_deref())
+    }
+
     /// Compiles `source`.
     pub(crate) fn new(
         source: &str,

@@ -31,9 +31,9 @@ class Server:
         url = None
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.match(r"listening on (http://[^,]+),", line):
+            if found := re.search(r"listening on (http://[^,]+),", line):
                 url = found.group(1)
-            if line.startswith("ready: "):
+            if " ready: " in line:
                 break
         if url is None or self.process.poll() is not None:
             raise RuntimeError(f"{' '.join(command)} ended with {self.process.wait()}:\n{''.join(self.log)}")

@@ -5,6 +5,8 @@ use clap::{Args, ValueEnum};
 use longhaul_server::NgramConfig;
 
 use super::ModelArgs;
+use super::generation::GenerationArgs;
+use super::logs::LogArgs;
 use super::speculation::speculation;
 
 /// Serve the OpenAI API over HTTP
@@ -15,12 +17,19 @@ pub struct ServeArgs {
     /// The same as --model
     #[arg(value_name = "MODEL", conflicts_with = "model")]
     pub model_tag: Option<String>,
+    /// Flags that were given and have no effect, with the reason
+    #[arg(skip)]
+    pub warnings: Vec<String>,
     #[command(flatten)]
     pub http: HttpArgs,
     #[command(flatten)]
     pub batch: BatchArgs,
     #[command(flatten)]
     pub queue: QueueArgs,
+    #[command(flatten)]
+    pub generation: GenerationArgs,
+    #[command(flatten)]
+    pub logs: LogArgs,
     #[command(flatten)]
     pub model: ModelArgs,
 }
@@ -46,12 +55,29 @@ pub struct HttpArgs {
     /// Names of the model in the API; the first is the one in answers [default: what --model says]
     #[arg(long, num_args = 1.., value_name = "NAME")]
     pub served_model_name: Vec<String>,
-    /// API keys, one a line; # begins a comment line
+    /// API keys, one a line, each with what its owner may ask for: KEY [name=NAME] [rpm=N] [tpm=N] [concurrent=N]
+    /// [priority=N], which are its name in the log, requests and tokens a minute, requests at a time, and what is added to
+    /// their priority; # begins a comment line
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// Serve everybody who reaches the port
     #[arg(long)]
     pub allow_unauthenticated: bool,
+    /// A path that proxies put before every route, such as /llm
+    #[arg(long, default_value = "", value_parser = root_path, value_name = "PATH")]
+    pub root_path: String,
+    /// Origins whose pages may call the API from a browser, a JSON list such as ["https://chat.example"], or ["*"] for all
+    #[arg(long, value_parser = header_values, default_value = "[]", value_name = "JSON")]
+    pub allowed_origins: JsonList,
+    /// Methods that such pages may use [default: ["GET", "POST"]]
+    #[arg(long, value_parser = header_values, default_value = "[]", value_name = "JSON")]
+    pub allowed_methods: JsonList,
+    /// Headers that such pages may send [default: all]
+    #[arg(long, value_parser = header_values, default_value = "[]", value_name = "JSON")]
+    pub allowed_headers: JsonList,
+    /// Such pages may send what the browser has stored for this server; not with all origins
+    #[arg(long)]
+    pub allow_credentials: bool,
     /// Names that requests may be addressed to, in their Host header [default: any; on a loopback address without keys
     /// localhost, 127.0.0.1 and ::1]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
@@ -74,9 +100,6 @@ pub struct HttpArgs {
     /// How tool calls are written by the model; they are parsed whenever a chat brings tools
     #[arg(long, value_enum, default_value_t = ToolCallParserArg::Hermes)]
     pub tool_call_parser: ToolCallParserArg,
-    /// Where sampling parameters come from that a request leaves out: the checkpoint's generation_config.json, or none
-    #[arg(long, value_enum, default_value_t = GenerationConfigArg::Auto)]
-    pub generation_config: GenerationConfigArg,
     /// Open connections; more wait
     #[arg(long, default_value_t = 4096, value_parser = positive, value_name = "N")]
     pub max_connections: usize,
@@ -107,13 +130,26 @@ pub struct BatchArgs {
     #[arg(long, value_parser = positive, default_value_t = 512, value_name = "N")]
     pub max_mixed_prefill_tokens: usize,
     /// Plan the next step while one runs: auto where the device leaves the CPU alone
-    #[arg(long, value_enum, default_value_t = OnOffArg::Auto, value_name = "auto|on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = OnOffArg::Auto,
+        num_args = 0..=1,
+        default_missing_value = "on",
+        value_name = "auto|on|off"
+    )]
     pub async_scheduling: OnOffArg,
     /// Speculative decoding: tokens are guessed from what followed the same words before, and computed together. The output is the
     /// same; it pays where answers repeat their prompt. JSON: {"method": "ngram", "num_speculative_tokens": 5,
     /// "prompt_lookup_max": 5, "prompt_lookup_min": 5}, of which the last two may be left out
     #[arg(long, value_parser = speculation, value_name = "JSON")]
     pub speculative_config: Option<NgramConfig>,
+    /// Who waits is served by `priority` of the request, lower first; fcfs: as they come, and a priority is refused
+    #[arg(long, value_enum, default_value_t = PolicyArg::Priority)]
+    pub scheduling_policy: PolicyArg,
+    /// Keep KV blocks for prompts that begin alike: the default
+    #[arg(long, conflicts_with = "no_enable_prefix_caching")]
+    pub enable_prefix_caching: bool,
     /// Compute every prompt anew instead of keeping KV blocks for prompts that begin alike
     #[arg(long)]
     pub no_enable_prefix_caching: bool,
@@ -152,10 +188,9 @@ pub enum ToolCallParserArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum GenerationConfigArg {
-    Auto,
-    #[value(name = "vllm", alias = "none")]
-    Neutral,
+pub enum PolicyArg {
+    Fcfs,
+    Priority,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -170,5 +205,24 @@ fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.0..=31_536_000.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("expected seconds, such as 30 or 0.5".into()),
+    }
+}
+
+/// A list of words, written as JSON.
+#[derive(Debug, Clone, Default)]
+pub struct JsonList(pub Vec<String>);
+
+fn header_values(text: &str) -> Result<JsonList, String> {
+    serde_json::from_str(text)
+        .map(JsonList)
+        .map_err(|_| "expected a JSON list of strings, such as [\"*\"]".into())
+}
+
+fn root_path(text: &str) -> Result<String, String> {
+    let path = text.trim_end_matches('/');
+    let plain = path.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'?' | b'#' | b'%'));
+    match path.is_empty() || (path.starts_with('/') && plain) {
+        true => Ok(path.to_owned()),
+        false => Err("expected a path such as /llm".into()),
     }
 }

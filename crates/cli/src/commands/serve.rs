@@ -1,19 +1,23 @@
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use longhaul_engine::{EngineError, Generate, KvPool, Loader, Precision};
 use longhaul_server::{
-    ApiKeys, BatchOptions, Batchable, Batched, Config, Defaults, Endpoint, Lifecycle, Limits, QueueLimits,
-    Server, Serving, Tls,
+    ApiKeys, BatchOptions, Batchable, Batched, Config, Cors, Defaults, Endpoint, Lifecycle, Limits, Log,
+    LogContent, LogOptions, QueueLimits, Server, Serving, Tls, Tracer, error, info, warn,
 };
 
-use crate::args::{GenerationConfigArg, ModelArgs, OnOffArg, ServeArgs};
+use crate::args::{
+    GenerationArgs, GenerationConfigArg, HttpArgs, JsonList, ModelArgs, OnOffArg, PolicyArg, ServeArgs,
+};
 use crate::exit::{self, UsageError};
-use crate::output::tell;
 use crate::systemd::Notifier;
 
 /// Variables that may hold one API key.
@@ -62,6 +66,7 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
             OnOffArg::Off => Some(false),
         },
         speculation: batch.speculative_config,
+        no_priorities: batch.scheduling_policy == PolicyArg::Fcfs,
         no_prefix_cache: batch.no_enable_prefix_caching,
         step_timeout: args.model.nodes.step_timeout,
         queued_events: Limits::default().queued_events,
@@ -70,12 +75,34 @@ fn batch_options(args: &ServeArgs) -> BatchOptions {
 
 /// `longhaul serve`
 pub fn run(args: &ServeArgs) -> Result<ExitCode> {
+    let options = LogOptions {
+        format: args.logs.log_format.into(),
+        level: args.logs.log_level,
+        requests: args.logs.requests_level(),
+    };
+    let log = Log::install(options, std::io::stderr()).context("the log cannot be written")?;
+    // A panic is one request's affair, but its message is a line like the others, and waits for nobody either.
+    std::panic::set_hook(Box::new(|panic| error(panic)));
+    serve(args, &log).or_else(|reason| {
+        // Also the last line is one of the log.
+        let (message, code) = exit::explain(&reason);
+        error(message);
+        Ok(code)
+    })
+}
+
+fn serve(args: &ServeArgs, log: &Log) -> Result<ExitCode> {
     let model = model(args);
     let loader = loader(args)?;
-    let server = Server::bind(endpoint(args)?, config(args)?)?;
-    tell(format_args!("listening on {}, loading {}", server.url(), model.model));
+    let config = Config { log_drops: Some(log.dropped()), ..config(args)? };
+    let server = Server::bind(endpoint(args)?, config)?;
+    info(format_args!("listening on {}, loading {}", server.url(), model.model));
+    args.warnings.iter().for_each(warn);
     if args.http.allow_unauthenticated {
-        tell("warning: --allow-unauthenticated: everybody who reaches this port may use it");
+        warn("--allow-unauthenticated: everybody who reaches this port may use it");
+    }
+    if args.logs.enable_log_requests || args.logs.enable_log_outputs {
+        warn("what users and the model say is logged (--enable-log-requests, --enable-log-outputs)");
     }
 
     let notifier = Arc::new(Notifier::from_env().context("NOTIFY_SOCKET: cannot be sent to")?);
@@ -84,27 +111,29 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode> {
     let server = server.on_stop(move || told.stopping());
     let lifecycle = server.lifecycle();
     let batch = batch_options(args);
-    let defaults = match args.http.generation_config {
-        GenerationConfigArg::Auto => Defaults::Checkpoint,
-        GenerationConfigArg::Neutral => Defaults::Neutral,
-    };
-    let loading = std::thread::Builder::new().name("longhaul-load".into()).spawn(move || {
-        let result = load(&loader, &model.model, &lifecycle, &batch, defaults, &notifier);
-        if result.is_err() {
+    let generation = args.generation.clone();
+    let (sender, loaded) = sync_channel(1);
+    std::thread::Builder::new().name("longhaul-load".into()).spawn(move || {
+        let load = || load(&loader, &model.model, &lifecycle, &batch, &generation, &notifier);
+        let result = catch_unwind(AssertUnwindSafe(load))
+            .unwrap_or_else(|_| Err(anyhow!("loading the model panicked")));
+        let failed = result.is_err();
+        // First why, then that: whoever hears of the end finds the reason.
+        let _ = sender.send(result);
+        if failed {
             lifecycle.abandon();
         }
-        result
     })?;
     let drained = server.run()?;
     // A model that is still loading is left behind; the process ends.
-    if loading.is_finished() {
-        loading.join().map_err(|_| anyhow!("loading the model failed"))??;
+    if let Ok(result) = loaded.try_recv() {
+        result?;
     }
     if drained.cut > 0 {
-        tell(format_args!("stopped; {} requests were cut when the time to finish was over", drained.cut));
+        warn(format_args!("stopped; {} requests were cut when the time to finish was over", drained.cut));
         return Ok(ExitCode::from(exit::RESTART));
     }
-    tell("stopped; every request was finished");
+    info("stopped; every request was finished");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -113,7 +142,7 @@ fn load(
     root: &str,
     lifecycle: &Lifecycle,
     batch: &BatchOptions,
-    defaults: Defaults,
+    generation: &GenerationArgs,
     notifier: &Arc<Notifier>,
 ) -> Result<()> {
     let mut told = 0;
@@ -124,14 +153,18 @@ fn load(
             notifier.status(&format!("loading {root}: {percent} %"));
         }
     })?;
-    engine.notes().iter().for_each(|note| tell(format_args!("note: {note}")));
-    let device = engine.device().to_owned();
-    let longest = engine.max_model_len();
-    let batchable = Batchable::engine(engine, root.to_owned(), defaults);
+    engine.notes().iter().for_each(|note| info(format_args!("note: {note}")));
+    let (device, longest) = (engine.device().to_owned(), engine.max_model_len());
+    let defaults = match generation.generation_config {
+        GenerationConfigArg::Auto => Defaults::Checkpoint,
+        GenerationConfigArg::Neutral | GenerationConfigArg::File(_) => Defaults::Neutral,
+    };
+    let mut batchable = Batchable::engine(engine, root.to_owned(), defaults);
+    generation.apply(&mut batchable)?;
     let fits = batchable.model.max_model_len;
     if fits < longest {
-        tell(format_args!(
-            "note: the KV pool holds {fits} tokens, so that is the longest context, not the model's {longest}"
+        warn(format_args!(
+            "the KV pool holds {fits} tokens, so that is the longest context, not the model's {longest}"
         ));
     }
     let losing = lifecycle.clone();
@@ -140,7 +173,7 @@ fn load(
     lifecycle.ready(Arc::clone(&serving) as Arc<dyn Serving>);
     notifier.ready(&format!("serving {root} on {device}"));
     watch(notifier, serving)?;
-    tell(format_args!("ready: {root} on {device}"));
+    info(format_args!("ready: {root} on {device}"));
     Ok(())
 }
 
@@ -189,6 +222,15 @@ fn config(args: &ServeArgs) -> Result<Config> {
         api_keys: keys(args)?,
         allow_unauthenticated: http.allow_unauthenticated,
         tls: tls(args)?,
+        root_path: http.root_path.clone(),
+        cors: cors(http)?,
+        template_variables: args
+            .generation
+            .default_chat_template_kwargs
+            .clone()
+            .map(|map| map.0)
+            .unwrap_or_default(),
+        tokens_as_ids: args.generation.return_tokens_as_token_ids,
         allowed_hosts: http.allowed_hosts.clone(),
         request_id_headers: http.enable_request_id_headers,
         force_include_usage: http.enable_force_include_usage,
@@ -197,6 +239,14 @@ fn config(args: &ServeArgs) -> Result<Config> {
         response_role: http.response_role.clone(),
         drain_delay: http.drain_delay,
         drain_timeout: http.shutdown_timeout,
+        log: LogContent {
+            requests: args.logs.enable_log_requests,
+            outputs: args.logs.enable_log_outputs,
+            max_len: args.logs.max_log_len,
+            silent_routes: args.logs.disable_access_log_for_endpoints.clone(),
+        },
+        log_drops: None,
+        tracer: tracer(args)?,
         limits: Limits {
             connections: http.max_connections,
             keep_alive: http.keep_alive_timeout,
@@ -204,6 +254,34 @@ fn config(args: &ServeArgs) -> Result<Config> {
             ..Limits::default()
         },
     })
+}
+
+fn cors(http: &HttpArgs) -> Result<Cors> {
+    fn each<T: FromStr>(flag: &str, words: &JsonList) -> Result<Vec<T>> {
+        let read = |word: &String| {
+            word.parse().map_err(|_| UsageError(format!("{flag}: {word:?} cannot stand in a header")))
+        };
+        Ok(words.0.iter().map(read).collect::<Result<_, _>>()?)
+    }
+    let cors = Cors {
+        origins: each("--allowed-origins", &http.allowed_origins)?,
+        methods: each("--allowed-methods", &http.allowed_methods)?,
+        headers: each("--allowed-headers", &http.allowed_headers)?,
+        credentials: http.allow_credentials,
+    };
+    if cors.credentials && cors.origins.iter().any(|origin| origin == "*") {
+        return Err(UsageError(
+            "--allow-credentials: name the origins; browsers do not take it with \"*\"".into(),
+        )
+        .into());
+    }
+    Ok(cors)
+}
+
+fn tracer(args: &ServeArgs) -> Result<Option<Tracer>> {
+    let Some(endpoint) = &args.logs.otlp_traces_endpoint else { return Ok(None) };
+    let service = std::env::var("OTEL_SERVICE_NAME").unwrap_or_else(|_| "longhaul".into());
+    Tracer::start(endpoint, &service).map(Some).context("--otlp-traces-endpoint")
 }
 
 fn keys(args: &ServeArgs) -> Result<ApiKeys> {

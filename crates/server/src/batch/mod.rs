@@ -61,6 +61,8 @@ pub struct BatchOptions {
     /// How tokens are guessed ahead of the model, for requests whose draws do not depend on earlier tokens. What is drawn is the
     /// same.
     pub speculation: Option<NgramConfig>,
+    /// First come, first served: a request's `priority` must be 0.
+    pub no_priorities: bool,
     /// Do not keep KV blocks for prompts that begin alike.
     pub no_prefix_cache: bool,
     /// Longest time of a step before the engine counts as stuck; by default what earlier steps suggest.
@@ -84,6 +86,7 @@ pub enum BatchStartError {
 pub struct Batched {
     model: ModelInfo,
     queued_events: usize,
+    no_priorities: bool,
     next_id: AtomicU64,
     admission: Arc<Admission>,
     status: Arc<Status>,
@@ -211,6 +214,7 @@ impl Batched {
         Ok(Self {
             model,
             queued_events: options.queued_events.max(16),
+            no_priorities: options.no_priorities,
             next_id: AtomicU64::new(0),
             admission: Arc::new(Admission::new(options.queue)),
             status,
@@ -231,6 +235,12 @@ impl Serving for Batched {
 
     fn submit(&self, submission: Submission) -> Result<EventStream, Refusal> {
         self.status.accepts().map_err(Refusal::Unavailable)?;
+        if self.no_priorities && submission.priority != 0 {
+            return Err(Refusal::Field {
+                field: "priority",
+                message: "requests are served as they come (--scheduling-policy fcfs); leave it out".into(),
+            });
+        }
         let (place, key) = self.admission.admit(&submission.namespace, submission.prompt.len())?;
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let events = self.queued_events.saturating_mul(submission.n as usize);

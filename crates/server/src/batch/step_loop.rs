@@ -19,6 +19,7 @@ use super::request::{End, Rules, Running};
 use super::status::Status;
 use super::{Message, New};
 use crate::lifecycle::EngineLost;
+use crate::log::{Level, event};
 use crate::serving::{Failure, STEP_ROWS, SpeculationCounts, TokenScore};
 
 /// How often deadlines are looked at while nothing else happens.
@@ -194,7 +195,7 @@ impl StepLoop {
             Err(error) => {
                 self.failures += 1;
                 let reason = error.to_string();
-                eprintln!("a step failed: {reason}");
+                event(Level::Error, "a step failed", [("reason", reason.as_str().into())]);
                 for id in flight.samples.iter().map(|sample| sample.sequence.request) {
                     if let Some(request) = self.requests.get_mut(&id) {
                         request.explain(Failure::Engine(reason.clone()));

@@ -2,11 +2,11 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::response::Response;
-use serde_json::json;
+use longhaul_text::Conversation;
+use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, ApiResult};
-use crate::handlers::{Call, Ready, answer, plain, receive};
-use crate::logprobs::TokenWriter;
+use crate::handlers::{Call, Ready, answer, open, plain, receive};
 use crate::pipeline::Generation;
 use crate::prompt::{Encoded, encode_chat, room, text_error, tokenizer};
 use crate::request::{ChatRequest, Fields, ToolChoice};
@@ -15,28 +15,36 @@ use crate::server::App;
 
 /// `POST /v1/chat/completions`
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Response {
-    let ticket = app.metrics.ledger.open();
+    let ticket = open(&app, &request);
     answer(start(app, request).await, ticket).await
 }
 
 /// `POST /v1/chat/completions/render`: the prompt of a chat, without running it.
 pub(crate) async fn render(State(app): State<Arc<App>>, request: Request) -> Response {
-    let ticket = app.metrics.ledger.open();
+    let ticket = open(&app, &request);
     plain(rendered(app, request).await, ticket)
 }
 
 async fn parse(call: &mut Call) -> ApiResult<(ChatRequest, Encoded)> {
-    let (serving, limits) = (Arc::clone(&call.serving), call.app.config.limits.clone());
+    let (serving, app) = (Arc::clone(&call.serving), Arc::clone(&call.app));
     let body = std::mem::take(&mut call.body);
     call.app
         .pool
         .run(move || {
             let model = serving.model();
-            let request = ChatRequest::read(Fields::body(&body)?, model, &limits)?;
+            let mut request = ChatRequest::read(Fields::body(&body)?, model, &app.config.limits)?;
+            fill(&mut request.conversation, &app.config.template_variables);
             let encoded = encode_chat(model, &request.conversation, request.common.truncate_prompt_tokens)?;
             Ok((request, encoded))
         })
         .await
+}
+
+/// Gives the template the operator's variables, where the request has none of that name.
+pub(super) fn fill(conversation: &mut Conversation, variables: &Map<String, Value>) {
+    for (name, value) in variables {
+        conversation.variables.entry(name).or_insert_with(|| value.clone());
+    }
 }
 
 async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<ChatWriter>> {
@@ -57,7 +65,7 @@ async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<ChatWriter>> 
     let writer = ChatWriter::new(
         call.head(id, name),
         call.app.config.response_role.clone(),
-        TokenWriter::new(model.tokenizer.clone(), common.return_tokens_as_token_ids),
+        call.token_writer(&common),
         request.logprobs.is_some(),
         common.prompt_logprobs.is_some(),
         common.return_token_ids.then(|| prompt.ids.to_vec()),

@@ -5,8 +5,7 @@ use axum::response::Response;
 
 use crate::error::{ApiError, ApiResult};
 use crate::handlers::chat::check_min_tokens;
-use crate::handlers::{Ready, answer, receive};
-use crate::logprobs::TokenWriter;
+use crate::handlers::{Ready, answer, open, receive};
 use crate::pipeline::Generation;
 use crate::prompt::{encode_prompts, room};
 use crate::request::{CompletionRequest, Fields};
@@ -15,7 +14,7 @@ use crate::server::App;
 
 /// `POST /v1/completions`
 pub(crate) async fn create(State(app): State<Arc<App>>, request: Request) -> Response {
-    let ticket = app.metrics.ledger.open();
+    let ticket = open(&app, &request);
     answer(start(app, request).await, ticket).await
 }
 
@@ -54,7 +53,7 @@ async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<CompletionWri
     let options = call.text_options(&common, false, true);
     let writer = CompletionWriter::new(
         call.head(id, name),
-        TokenWriter::new(model.tokenizer.clone(), common.return_tokens_as_token_ids),
+        call.token_writer(&common),
         prompts,
         common.n as usize,
         CompletionOptions {

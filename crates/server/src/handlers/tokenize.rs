@@ -6,29 +6,33 @@ use longhaul_text::SpecialTokens;
 use serde_json::json;
 
 use crate::error::ApiResult;
-use crate::handlers::{plain, receive};
+use crate::handlers::chat::fill;
+use crate::handlers::{open, plain, receive};
 use crate::prompt::{encode_chat, text_error, tokenizer};
 use crate::request::{DetokenizeRequest, Fields, TokenizeRequest, TokenizeSource};
 use crate::server::App;
 
 /// `POST /tokenize`
 pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Response {
-    let ticket = app.metrics.ledger.open();
+    let ticket = open(&app, &request);
     plain(tokens(app, request).await, ticket)
 }
 
 /// `POST /detokenize`
 pub(crate) async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Response {
-    let ticket = app.metrics.ledger.open();
+    let ticket = open(&app, &request);
     plain(text(app, request).await, ticket)
 }
 
 async fn tokens(app: Arc<App>, request: Request) -> ApiResult<String> {
     let mut call = receive(app, request).await?;
-    let (serving, limits) = (Arc::clone(&call.serving), call.app.config.limits.clone());
+    let (serving, app) = (Arc::clone(&call.serving), Arc::clone(&call.app));
     let body = std::mem::take(&mut call.body);
     let work = move || {
-        let request = TokenizeRequest::read(Fields::body(&body)?, &limits)?;
+        let mut request = TokenizeRequest::read(Fields::body(&body)?, &app.config.limits)?;
+        if let TokenizeSource::Chat(conversation) = &mut request.source {
+            fill(conversation, &app.config.template_variables);
+        }
         let model = serving.model();
         let ids = match &request.source {
             TokenizeSource::Text(text) => {

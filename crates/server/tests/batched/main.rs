@@ -4,4 +4,5 @@
 mod alone;
 mod crowd;
 mod harness;
+mod lost;
 mod prefix;

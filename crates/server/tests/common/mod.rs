@@ -68,6 +68,7 @@ pub struct Mock {
     pub running: Arc<AtomicUsize>,
     pub aborted: Arc<AtomicBool>,
     healthy: AtomicBool,
+    snapshot: Snapshot,
 }
 
 impl Mock {
@@ -81,6 +82,7 @@ impl Mock {
             running: Arc::default(),
             aborted: Arc::default(),
             healthy: AtomicBool::new(true),
+            snapshot: Snapshot::default(),
         }
     }
 
@@ -97,6 +99,11 @@ impl Mock {
 
     pub fn with_events(mut self, events: usize) -> Self {
         self.events = events;
+        self
+    }
+
+    pub fn with_snapshot(mut self, snapshot: Snapshot) -> Self {
+        self.snapshot = snapshot;
         self
     }
 
@@ -183,7 +190,7 @@ impl Serving for Mock {
     }
 
     fn snapshot(&self) -> Snapshot {
-        Snapshot { running: self.running.load(Ordering::SeqCst), ..Snapshot::default() }
+        Snapshot { running: self.running.load(Ordering::SeqCst), ..self.snapshot }
     }
 
     fn health(&self) -> Result<(), String> {
