@@ -44,6 +44,7 @@ mod serving;
 mod sse;
 mod tls;
 mod traces;
+mod unread;
 
 pub use auth::{ApiKeys, KeyError};
 pub use batch::{BatchOptions, BatchStartError, Batchable, Batched, Defaults, QueueLimits, StepDevice};
