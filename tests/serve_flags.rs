@@ -158,6 +158,19 @@ fn what_is_not_done_here_is_refused_with_the_reason() {
         assert!(found == code && message.contains(words), "{arguments:?}: {found} {message}");
         assert!(!message.contains("canary"), "{message}");
     }
+    // Terms of keys that contradict a flag, and terms that are none.
+    let mut keys = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut keys, b"canary-1 priority=2\n").unwrap();
+    let path = keys.path().to_str().unwrap().to_owned();
+    let serve = |arguments: &[&str]| {
+        fail(longhaul().args(["serve", "--port", "0", "--api-key-file", &path]).args(arguments))
+    };
+    let (code, message) = serve(&["--scheduling-policy", "fcfs"]);
+    assert!(code == 64 && message.contains("a key with a priority"), "{code} {message}");
+    std::io::Write::write_all(&mut keys, b"canary-2 rpm=many\n").unwrap();
+    let (code, message) = serve(&[]);
+    assert!(code == 78 && message.contains("key 2") && message.contains("rpm=many"), "{code} {message}");
+    assert!(!message.contains("canary"), "{message}");
     // With a log of JSON, the last words are JSON, too.
     let mut command = longhaul();
     command.env_remove("LONGHAUL_API_KEY").env_remove("VLLM_API_KEY");

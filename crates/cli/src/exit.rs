@@ -144,3 +144,20 @@ fn backend_code(error: &BackendError) -> u8 {
         _ => SOFTWARE,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use longhaul_server::EngineLost;
+
+    use super::*;
+
+    #[test]
+    fn a_lost_engine_is_started_again_and_a_lost_device_elsewhere() {
+        for (is_device, code) in [(false, RESTART), (true, DEVICE_LOST)] {
+            let lost = EngineLost { reason: "a step failed".into(), is_device };
+            let error = anyhow::Error::from(ServerError::EngineLost(lost)).context("serving");
+            assert_eq!(super::code(&error), code);
+            assert!(explain(&error).0.contains("the engine is lost: a step failed"));
+        }
+    }
+}

@@ -114,6 +114,11 @@ impl ApiKeys {
         self.keys.is_empty()
     }
 
+    /// Whether a key has a priority of its own.
+    pub fn have_priorities(&self) -> bool {
+        self.keys.iter().any(|key| key.quota.terms.priority != 0)
+    }
+
     /// Whose request it is; none when it may not be served. Without keys every request may, in one namespace.
     pub(crate) fn admit(&self, headers: &HeaderMap) -> Option<Admitted> {
         if self.is_empty() {

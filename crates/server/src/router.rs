@@ -116,6 +116,11 @@ impl HttpBody for Recorded {
     }
 }
 
+/// Whether `path` is a route.
+pub(crate) fn is_route(path: &str) -> bool {
+    ROUTES.iter().any(|route| route.path == path)
+}
+
 /// Whether requests for `route` are among those that count; one for no route at all does.
 pub(crate) fn is_counted(route: &str) -> bool {
     ROUTES.iter().find(|known| known.path == route).is_none_or(|known| known.counted)

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::connection;
 use crate::endpoint::{Bound, Endpoint};
 use crate::lifecycle::{EngineLost, Lifecycle};
+use crate::log::warn;
 use crate::metrics::Metrics;
 use crate::prompt::TextPool;
 use crate::router;
@@ -96,6 +97,9 @@ impl Server {
         let failed = |source| ServerError::Bind { endpoint: endpoint.clone(), source };
         let bound = Bound::new(&endpoint).map_err(failed)?;
         let endpoint = bound.endpoint().map_err(failed)?;
+        for route in config.log.silent_routes.iter().filter(|route| !router::is_route(route)) {
+            warn(format_args!("there is no route {route:?} whose records could be left out"));
+        }
         let limits = &config.limits;
         let app = App {
             lifecycle: Lifecycle::default(),

@@ -216,10 +216,16 @@ fn address(host: &str, port: u16) -> Result<SocketAddr> {
 
 fn config(args: &ServeArgs) -> Result<Config> {
     let http = &args.http;
+    let api_keys = keys(args)?;
+    if args.batch.scheduling_policy == PolicyArg::Fcfs && api_keys.have_priorities() {
+        let message =
+            "--scheduling-policy fcfs: there is a key with a priority; use --scheduling-policy priority";
+        return Err(UsageError(message.into()).into());
+    }
     let some = |time: Duration| (!time.is_zero()).then_some(time);
     Ok(Config {
         served_model_names: http.served_model_name.clone(),
-        api_keys: keys(args)?,
+        api_keys,
         allow_unauthenticated: http.allow_unauthenticated,
         tls: tls(args)?,
         root_path: http.root_path.clone(),
