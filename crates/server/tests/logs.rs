@@ -7,9 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use common::{Mock, Running, encode, until};
-use longhaul_server::{
-    ApiKeys, Config, Level, Log, LogContent, LogFormat, LogOptions, Refusal, TraceError, Tracer,
-};
+use longhaul_server::{ApiKeys, Config, Level, Log, LogContent, LogFormat, LogOptions, Refusal};
 use serde_json::{Value, json};
 
 /// A log that can be read.
