@@ -18,6 +18,8 @@ pub(crate) struct TextOptions {
     pub(crate) min_tokens: usize,
     pub(crate) tools: bool,
     pub(crate) parallel_tool_calls: bool,
+    /// Why a choice with calls ended, unless it was cut.
+    pub(crate) calls_finish: &'static str,
 }
 
 /// Why a choice ended, as the API says it.
@@ -168,7 +170,7 @@ impl Choice {
             && self.calls > 0
             && ended.finish_reason == "stop"
         {
-            ended.finish_reason = "tool_calls";
+            ended.finish_reason = self.options.calls_finish;
         }
         piece
     }

@@ -143,6 +143,8 @@ pub struct Limits {
     pub prompts: usize,
     /// Stop strings of a request.
     pub stops: usize,
+    /// Entries of `bad_words`.
+    pub bad_words: usize,
     /// Entries of `logit_bias`.
     pub logit_bias: usize,
     /// Messages of a chat.
@@ -151,6 +153,10 @@ pub struct Limits {
     pub tools: usize,
     /// Texts being tokenized at once.
     pub tokenizing: usize,
+    /// Grammars being compiled at once.
+    pub compiling: usize,
+    /// Longest time that a request's grammar may take to compile.
+    pub compile_time: Duration,
     /// Events of a request that wait for its reader.
     pub queued_events: usize,
     /// Longest time of a request, in the queue and running; none = no limit.
@@ -173,10 +179,13 @@ impl Default for Limits {
             n: 16,
             prompts: 64,
             stops: 4,
+            bad_words: 128,
             logit_bias: 1024,
             messages: 1024,
             tools: 128,
             tokenizing: std::thread::available_parallelism().map_or(1, usize::from),
+            compiling: std::thread::available_parallelism().map_or(1, usize::from),
+            compile_time: Duration::from_secs(10),
             queued_events: 4096,
             request_time: None,
         }

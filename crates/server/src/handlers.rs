@@ -30,7 +30,7 @@ use crate::request::{Common, check_content_type};
 use crate::response::{Head, Writer};
 use crate::router::Caller;
 use crate::server::{App, unix_seconds};
-use crate::serving::{ModelInfo, Serving, Submission};
+use crate::serving::{Grammar, ModelInfo, Serving, Submission};
 use crate::sse;
 
 /// A request that has its whole body.
@@ -199,25 +199,34 @@ impl Call {
         TokenWriter::new(self.model().tokenizer.clone(), as_ids)
     }
 
-    fn text_options(&self, common: &Common, tools: bool, parallel_tool_calls: bool) -> TextOptions {
+    /// How the text of a request that knows no tools is made.
+    fn text_options(&self, common: &Common) -> TextOptions {
         TextOptions {
             tokenizer: self.model().tokenizer.clone(),
             stop: common.stop.clone(),
             include_stop: common.include_stop_str_in_output,
             skip_special: common.skip_special_tokens,
             min_tokens: common.sampling.min_tokens,
-            tools,
-            parallel_tool_calls,
+            tools: false,
+            parallel_tool_calls: true,
+            calls_finish: "tool_calls",
         }
     }
 
-    fn submission(&self, id: String, prompt: Arc<[u32]>, common: &Common, max_tokens: usize) -> Submission {
+    fn submission(
+        &self,
+        id: String,
+        prompt: Arc<[u32]>,
+        common: &Common,
+        grammar: Option<Arc<dyn Grammar>>,
+        max_tokens: usize,
+    ) -> Submission {
         let limit = self.app.config.limits.request_time;
         let submission = Submission {
             id,
             prompt,
             sampling: common.sampling.clone(),
-            grammar: None,
+            grammar,
             max_tokens,
             n: common.n,
             logprobs: None,

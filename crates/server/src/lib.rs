@@ -1,7 +1,7 @@
 //! The HTTP server: an OpenAI-compatible API in the dialect of `vllm serve`, over whatever runs the model.
 //!
 //! A request's way: [`connection`](crate::Server) limits and timers → host check → key check → route → JSON, field by
-//! field → chat template and tokenizer on a bounded blocking pool → [`Serving::submit`] → token events → text, stop
+//! field → chat template and tokenizer, then the grammar, on bounded blocking pools → [`Serving::submit`] → token events → text, stop
 //! strings, tool calls → a JSON body or server-sent events.
 //!
 //! Invariants: [`Serving`] is the only door to the engine, and everything beyond it is token ids. Every request that
@@ -42,6 +42,7 @@ mod router;
 mod server;
 mod serving;
 mod sse;
+mod structured;
 mod tls;
 mod traces;
 mod unread;

@@ -41,7 +41,7 @@ impl TextPool {
             drop(permit);
             result
         });
-        task.await.unwrap_or_else(|_| Err(ApiError::internal("tokenizing the prompt failed")))
+        task.await.unwrap_or_else(|_| Err(ApiError::internal("reading the request failed")))
     }
 }
 

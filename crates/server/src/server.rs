@@ -16,6 +16,7 @@ use crate::log::warn;
 use crate::metrics::Metrics;
 use crate::prompt::TextPool;
 use crate::router;
+use crate::structured::Grammars;
 
 /// Time that connections have to send what is written when everything else has ended.
 const FLUSH_TIME: Duration = Duration::from_secs(5);
@@ -29,6 +30,7 @@ pub(crate) struct App {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) pool: TextPool,
+    pub(crate) grammars: Grammars,
     /// KiB of bodies that may be held at once.
     pub(crate) bodies: Arc<Semaphore>,
     pub(crate) started: Instant,
@@ -105,6 +107,7 @@ impl Server {
             lifecycle: Lifecycle::default(),
             metrics: Arc::new(Metrics::new(config.log_drops.clone(), config.tracer.clone())),
             pool: TextPool::new(limits.tokenizing),
+            grammars: Grammars::new(limits.compiling, limits.compile_time),
             bodies: Arc::new(Semaphore::new((limits.inflight_body_bytes >> 10).max(1))),
             started: Instant::now(),
             created: unix_seconds(),

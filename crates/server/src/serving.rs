@@ -50,6 +50,8 @@ pub struct ModelInfo {
     pub longest_token: usize,
     /// Rows of the embedding: ids from here on do not exist.
     pub vocab_size: usize,
+    /// Ids that end a text.
+    pub end_tokens: Vec<u32>,
     /// Defaults of requests that leave a parameter out.
     pub sampling: SamplingParams,
     /// Default of `max_tokens` for chats, from the checkpoint.
@@ -75,11 +77,13 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
     /// The only ids that may be drawn, sorted; empty = all.
     pub allowed_token_ids: Vec<u32>,
+    /// Sequences of ids that are not said; none is empty.
+    pub bad_words: Vec<Vec<u32>>,
     /// Ids that end a choice, besides the end-of-sequence ids.
     pub stop_token_ids: Vec<u32>,
-    /// No end before this many tokens.
+    /// No end before this many tokens; under a grammar, unless the text can only end.
     pub min_tokens: usize,
-    /// Go on after an end-of-sequence token.
+    /// Go on after an end-of-sequence token; under a grammar, as long as it lets the text go on.
     pub ignore_eos: bool,
 }
 

@@ -76,7 +76,7 @@ impl GenerationArgs {
             let bytes = std::fs::read(path)
                 .with_context(|| format!("--generation-config: {}: cannot be read", path.display()))?;
             let config = GenerationConfig::from_bytes(&bytes, &path.display().to_string())?;
-            batchable.end_tokens.extend(&config.eos_token_ids);
+            batchable.model.end_tokens.extend(&config.eos_token_ids);
             over(&config, batchable);
         }
         if let Some(JsonObject(map)) = &self.override_generation_config {

@@ -119,8 +119,6 @@ pub struct Batchable {
     pub device: Box<dyn StepDevice>,
     /// The model.
     pub model: ModelInfo,
-    /// Ids that end a choice.
-    pub end_tokens: Vec<u32>,
     /// Ids that the tokenizer does not have.
     pub padding_ids: Vec<u32>,
     /// What its cached KV depends on, in words.
@@ -143,7 +141,6 @@ impl Batchable {
         }
         Self {
             model,
-            end_tokens: engine.end_tokens(),
             padding_ids: engine.padding_ids(),
             positions: format!("{:?}", engine.positions()),
             limits: engine.batch_limits(),
@@ -196,7 +193,7 @@ impl Batched {
         lost: impl Fn(EngineLost) + Send + 'static,
     ) -> Result<Self, BatchStartError> {
         let scheduler = Scheduler::new(batchable.config(options)?)?;
-        let Batchable { device, model, end_tokens, padding_ids, .. } = batchable;
+        let Batchable { device, model, padding_ids, .. } = batchable;
         let status = Arc::new(Status::new(options.step_timeout));
         let (inbox, heard) = channel();
         let (orders, ordered) = channel();
@@ -206,7 +203,7 @@ impl Batched {
         thread("longhaul-device")
             .spawn(move || device::run(device, &ordered, &results, &progress))
             .map_err(system)?;
-        let rules = Rules::new(&model, end_tokens, padding_ids);
+        let rules = Rules::new(&model, padding_ids);
         let epoch = Instant::now();
         let step_loop =
             StepLoop::new(scheduler, heard, orders, Arc::clone(&status), rules, epoch, Box::new(lost));
@@ -295,6 +292,7 @@ fn describe(engine: &Engine, root: String) -> ModelInfo {
             .max_model_len()
             .min(engine.kv_blocks().saturating_mul(engine.block_size().max(1))),
         vocab_size: engine.spec().vocab_size,
+        end_tokens: engine.end_tokens(),
         sampling: SamplingParams {
             // The API's default is 1, also for a checkpoint whose authors decode greedily.
             temperature: engine.generation_config().temperature.unwrap_or(1.0),

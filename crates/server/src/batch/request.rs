@@ -28,6 +28,8 @@ pub(super) struct Running {
     choices: Vec<Choice>,
     /// Ids that end a choice.
     stop_ids: Vec<u32>,
+    /// Those of the model among them.
+    end_ids: Vec<u32>,
     /// What must not be drawn, and what must not before `min_tokens`.
     banned: Arc<[u32]>,
     banned_early: Arc<[u32]>,
@@ -42,6 +44,8 @@ pub(super) struct Running {
 struct Choice {
     seen: Seen,
     matcher: Option<Box<dyn Matcher>>,
+    /// The last tokens told, as many as matter for bad words.
+    tail: Vec<u32>,
     /// Tokens told.
     tokens: usize,
     /// Scores of tokens that were drawn and not told yet, by position.
@@ -57,13 +61,16 @@ impl Running {
         let choice = |_| Choice {
             seen: seen.clone(),
             matcher: submission.grammar.as_ref().map(|grammar| grammar.matcher()),
+            tail: Vec::new(),
             tokens: 0,
             drawn: BTreeMap::new(),
             done: false,
         };
         let choices = (0..submission.n).map(choice).collect();
         let mut stop_ids = sampling.stop_token_ids.clone();
-        if !sampling.ignore_eos {
+        // A grammar allows an end where the text may end, and decides how to go on.
+        let ends = !sampling.ignore_eos || submission.grammar.is_some();
+        if ends {
             stop_ids.extend(&rules.end_tokens);
         }
         let banned_early = match sampling.min_tokens {
@@ -72,6 +79,7 @@ impl Running {
         };
         Self {
             stop_ids,
+            end_ids: if ends { rules.end_tokens.clone() } else { Vec::new() },
             banned: Arc::clone(&rules.padding),
             banned_early,
             bias: sampling.logit_bias.clone().into(),
@@ -96,7 +104,11 @@ impl Running {
 
     /// Whether the next draw depends on the tokens before it.
     pub(super) fn looks_back(&self) -> bool {
-        self.submission.grammar.is_some() || self.choices.iter().any(|choice| choice.seen.is_used())
+        let sampling = &self.submission.sampling;
+        let has_bad_words = sampling.bad_words.iter().any(|word| word.len() > 1);
+        has_bad_words
+            || self.submission.grammar.is_some()
+            || self.choices.iter().any(|choice| choice.seen.is_used())
     }
 
     /// Whether its client wants nothing more of it.
@@ -133,13 +145,23 @@ impl Running {
             return (draw, true);
         };
         draw.seen = state.seen.tokens().to_vec();
+        let bad = sampling.bad_words.iter().filter_map(|word| last_of(word, &state.tail));
+        let bad: Vec<u32> = bad.collect();
+        if !bad.is_empty() {
+            draw.banned = draw.banned.iter().copied().chain(bad).collect();
+        }
         if let Some(matcher) = &mut state.matcher {
             match matcher.allowed() {
                 Ok(words) => {
-                    draw.allowed = Some(match &draw.allowed {
-                        None => words.into(),
-                        Some(mask) => mask.iter().zip(words).map(|(a, b)| a & b).collect(),
-                    });
+                    let goes_on = !early && !sampling.ignore_eos;
+                    match constrain(words, self.allowed.as_deref(), &self.end_ids, goes_on) {
+                        Some(mask) => draw.allowed = Some(mask),
+                        // The text is complete: it ends, whatever the other rules say.
+                        None => {
+                            draw.allowed = Some(words.into());
+                            draw.banned = Arc::clone(&self.banned);
+                        }
+                    }
                 }
                 Err(message) => {
                     self.explain(Failure::Grammar(message));
@@ -202,7 +224,7 @@ impl Running {
 
     /// Tells of a token; `end`: it is the choice's last, and whether it is a stop token. False when the grammar does not take
     /// it: the request fails.
-    pub(super) fn token(&mut self, index: u32, id: u32, end: Option<End>, rules: &Rules) -> bool {
+    pub(super) fn token(&mut self, index: u32, id: u32, end: Option<End>) -> bool {
         let scores_only = self.submission.max_tokens == 0;
         let Some(choice) = self.choices.get_mut(index as usize) else { return true };
         let position = choice.tokens;
@@ -212,9 +234,7 @@ impl Running {
             return true;
         }
         let finish = end.map(|end| match end {
-            End::Stop if !self.submission.sampling.ignore_eos && rules.end_tokens.contains(&id) => {
-                Finish::EndOfSequence
-            }
+            End::Stop if self.end_ids.contains(&id) => Finish::EndOfSequence,
             End::Stop => Finish::StopToken(id),
             End::Length => Finish::Length,
         });
@@ -237,6 +257,12 @@ impl Running {
             return true;
         }
         choice.seen.add(id, true);
+        let longest = self.submission.sampling.bad_words.iter().map(Vec::len).max().unwrap_or(0);
+        if longest > 1 {
+            choice.tail.push(id);
+            let surplus = choice.tail.len().saturating_sub(longest - 1);
+            choice.tail.drain(..surplus);
+        }
         let token = score.unwrap_or(TokenScore { id, logprob: f32::NEG_INFINITY, top: Vec::new() });
         self.sink.send(Event::Token { choice: index, token, finish });
         true
@@ -270,6 +296,33 @@ pub(super) enum End {
     Length,
 }
 
+/// The token that would complete a word behind the tokens of `tail`.
+fn last_of(word: &[u32], tail: &[u32]) -> Option<u32> {
+    let (last, rest) = word.split_last()?;
+    tail.ends_with(rest).then_some(*last)
+}
+
+/// The ids of a grammar's mask that the request's own rules allow, without the model's `ends` unless the text `may_end`.
+/// None: the text can only end.
+fn constrain(words: &[u32], own: Option<&[u32]>, ends: &[u32], may_end: bool) -> Option<Arc<[u32]>> {
+    let mut mask = words.to_vec();
+    for id in ends {
+        if let Some(word) = mask.get_mut(*id as usize / 32) {
+            *word &= !(1 << (id % 32));
+        }
+    }
+    if mask.iter().all(|word| *word == 0) {
+        return None;
+    }
+    if may_end {
+        mask.copy_from_slice(words);
+    }
+    if let Some(own) = own {
+        mask.iter_mut().zip(own).for_each(|(word, own)| *word &= own);
+    }
+    Some(mask.into())
+}
+
 /// One bit for each id that may be drawn; none when all may.
 fn mask(allowed: &[u32], vocab: usize) -> Option<Arc<[u32]>> {
     if allowed.is_empty() {
@@ -285,7 +338,7 @@ fn mask(allowed: &[u32], vocab: usize) -> Option<Arc<[u32]>> {
 }
 
 impl Rules {
-    pub(super) fn new(model: &ModelInfo, end_tokens: Vec<u32>, padding: Vec<u32>) -> Self {
-        Self { end_tokens, padding: padding.into(), vocab_size: model.vocab_size }
+    pub(super) fn new(model: &ModelInfo, padding: Vec<u32>) -> Self {
+        Self { end_tokens: model.end_tokens.clone(), padding: padding.into(), vocab_size: model.vocab_size }
     }
 }

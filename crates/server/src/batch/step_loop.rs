@@ -320,7 +320,7 @@ impl StepLoop {
 
     fn token(&mut self, sequence: SequenceId, token: u32, end: Option<End>) {
         let Some(request) = self.requests.get_mut(&sequence.request) else { return };
-        if !request.token(sequence.choice, token, end, &self.rules) || request.is_cancelled() {
+        if !request.token(sequence.choice, token, end) || request.is_cancelled() {
             self.events.push(scheduler::Event::Cancel(sequence.request));
         }
     }

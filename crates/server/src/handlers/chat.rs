@@ -5,6 +5,7 @@ use axum::response::Response;
 use longhaul_text::Conversation;
 use serde_json::{Map, Value, json};
 
+use crate::choice::TextOptions;
 use crate::error::{ApiError, ApiResult};
 use crate::handlers::{Call, Ready, answer, open, plain, receive};
 use crate::pipeline::Generation;
@@ -50,18 +51,25 @@ pub(super) fn fill(conversation: &mut Conversation, variables: &Map<String, Valu
 async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<ChatWriter>> {
     let mut call = receive(app, request).await?;
     let (request, prompt) = parse(&mut call).await?;
-    let common = request.common;
+    let mut common = request.common;
+    let constraint = common.constraint.take();
     let name = call.model_name(request.model.as_deref())?;
     let model = call.model();
     let room = room(model, prompt.ids.len(), 1)?;
     // Asked for, or the checkpoint's own limit; never more than fits.
     let max_tokens = request.max_tokens.or(model.max_new_tokens).unwrap_or(room).min(room);
     check_min_tokens(common.sampling.min_tokens, max_tokens)?;
+    let grammar = call.app.grammars.compile(&call.serving, constraint).await?;
     let id = call.id("chatcmpl", common.request_id.as_deref());
-    let mut submission = call.submission(id.clone(), Arc::clone(&prompt.ids), &common, max_tokens);
+    let mut submission = call.submission(id.clone(), Arc::clone(&prompt.ids), &common, grammar, max_tokens);
     submission.logprobs = request.logprobs;
-    let tools = request.tool_choice == ToolChoice::Auto;
-    let options = call.text_options(&common, tools, request.parallel_tool_calls);
+    let options = TextOptions {
+        tools: request.tool_choice != ToolChoice::None,
+        parallel_tool_calls: request.parallel_tool_calls,
+        // The client has chosen the call; that the model made it is no news.
+        calls_finish: if let ToolChoice::Named(_) = request.tool_choice { "stop" } else { "tool_calls" },
+        ..call.text_options(&common)
+    };
     let writer = ChatWriter::new(
         call.head(id, name),
         call.app.config.response_role.clone(),

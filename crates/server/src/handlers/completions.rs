@@ -29,20 +29,23 @@ async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<CompletionWri
         Ok((encode_prompts(&*serving, prompts, truncate, request.echo)?, request))
     };
     let (prompts, request) = call.app.pool.run(parse).await?;
-    let common = request.common;
+    let mut common = request.common;
+    let constraint = common.constraint.take();
     let name = call.model_name(request.model.as_deref())?;
     let model = call.model();
     if request.echo && model.tokenizer.is_none() {
         return Err(ApiError::field("echo", "needs a tokenizer, which this model has not"));
     }
+    let grammar = call.app.grammars.compile(&call.serving, constraint).await?;
     let id = call.id("cmpl", common.request_id.as_deref());
     let mut submissions = Vec::with_capacity(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
         let room = room(model, prompt.ids.len(), request.max_tokens.min(1))?;
         let max_tokens = request.max_tokens.min(room);
         check_min_tokens(common.sampling.min_tokens, max_tokens)?;
+        let part = format!("{id}-{index}");
         let mut submission =
-            call.submission(format!("{id}-{index}"), Arc::clone(&prompt.ids), &common, max_tokens);
+            call.submission(part, Arc::clone(&prompt.ids), &common, grammar.clone(), max_tokens);
         submission.logprobs = request.logprobs;
         if request.echo {
             // The echoed tokens have scores, too.
@@ -50,7 +53,7 @@ async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<CompletionWri
         }
         submissions.push(submission);
     }
-    let options = call.text_options(&common, false, true);
+    let options = call.text_options(&common);
     let writer = CompletionWriter::new(
         call.head(id, name),
         call.token_writer(&common),

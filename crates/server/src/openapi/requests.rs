@@ -82,6 +82,50 @@ fn only(values: Value) -> Value {
     json!({"enum": values})
 }
 
+fn text() -> Value {
+    json!({"type": ["string", "null"]})
+}
+
+/// A JSON schema, or one as text.
+fn schema() -> Value {
+    json!({"type": ["object", "boolean", "string", "null"], "description": "A JSON schema, or one as text"})
+}
+
+fn choices() -> Value {
+    json!({"type": ["array", "null"], "items": {"type": "string"}, "minItems": 1, "maxItems": bounds::CHOICES})
+}
+
+fn response_format() -> Value {
+    let named = object(
+        json!({
+            "name": {"type": ["string", "null"], "maxLength": bounds::SCHEMA_NAME_BYTES},
+            "description": {"type": ["string", "null"], "maxLength": bounds::SCHEMA_DESCRIPTION_BYTES},
+            "strict": boolean(),
+            "schema": {"type": ["object", "boolean"]},
+        }),
+        &["schema"],
+    );
+    json!({"anyOf": [
+        object(json!({"type": {"enum": ["text", "json_object"]}}), &["type"]),
+        object(json!({"type": {"const": "json_schema"}, "json_schema": named}), &["type", "json_schema"]),
+        {"type": "null"},
+    ]})
+}
+
+/// At most one of the forms; white space for JSON only.
+fn structured_outputs() -> Value {
+    let fields = json!({
+        "json": schema(),
+        "json_object": boolean(),
+        "regex": text(),
+        "grammar": text(),
+        "choice": choices(),
+        "disable_any_whitespace": boolean(),
+        "whitespace_pattern": text(),
+    });
+    object(fields, &[])
+}
+
 impl Bounds<'_> {
     fn id(&self) -> Value {
         match self.model {
@@ -166,6 +210,20 @@ impl Bounds<'_> {
             "prompt_cache_key": label(),
             "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}, "maxProperties": bounds::METADATA},
         });
+        let forms = json!({
+            "bad_words": {
+                "type": ["array", "null"],
+                "items": {"type": "string", "minLength": 1, "maxLength": bounds::STOP_BYTES},
+                "maxItems": self.limits.bad_words,
+            },
+            "response_format": response_format(),
+            "structured_outputs": or_null(structured_outputs()),
+            "guided_json": schema(),
+            "guided_regex": text(),
+            "guided_choice": choices(),
+            "guided_grammar": text(),
+        });
+        extend(&mut fields, forms);
         for (field, values) in bounds::neutral() {
             extend(&mut fields, json!({field: only(Value::Array(values))}));
         }
@@ -239,7 +297,7 @@ impl Bounds<'_> {
                 "name": name,
                 "description": {"type": ["string", "null"]},
                 "parameters": {"type": ["object", "null"]},
-                "strict": only(json!([false])),
+                "strict": boolean(),
             }),
             &["name"],
         );
@@ -248,7 +306,10 @@ impl Bounds<'_> {
         json!({
             "messages": {"type": "array", "minItems": 1, "maxItems": self.limits.messages, "items": self.message()},
             "tools": {"type": ["array", "null"], "items": tool, "maxItems": self.limits.tools},
-            "tool_choice": {"enum": ["auto", "none", null]},
+            "tool_choice": {"anyOf": [
+                {"enum": ["auto", "none", "required", null]},
+                object(json!({"type": {"const": "function"}, "function": object(json!({"name": name}), &["name"])}), &["type", "function"]),
+            ]},
             "documents": {"type": ["array", "null"], "items": {"type": "object"}, "maxItems": self.limits.messages},
             "chat_template_kwargs": {
                 "type": ["object", "null"],

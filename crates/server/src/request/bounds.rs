@@ -11,6 +11,13 @@ pub(crate) const STOP_TOKEN_IDS: usize = 128;
 /// Longest `cache_salt` and label.
 pub(crate) const LABEL_BYTES: usize = 512;
 
+/// Most choices of an answer.
+pub(crate) const CHOICES: usize = 10_000;
+
+/// Longest name and description of a schema.
+pub(crate) const SCHEMA_NAME_BYTES: usize = 256;
+pub(crate) const SCHEMA_DESCRIPTION_BYTES: usize = 64 << 10;
+
 /// Most entries of `metadata`.
 pub(crate) const METADATA: usize = 16;
 
@@ -31,18 +38,11 @@ pub(crate) fn neutral() -> impl Iterator<Item = (&'static str, Vec<Value>)> {
         ("best_of", vec![json!(1)]),
         ("length_penalty", vec![json!(1), json!(1.0)]),
         ("spaces_between_special_tokens", vec![json!(true)]),
-        ("response_format", vec![json!({"type": "text"})]),
         ("stream_interval", vec![json!(1)]),
         ("service_tier", vec![json!("auto"), json!("default")]),
         ("store", vec![json!(false)]),
     ];
     let empty = [
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "bad_words",
         "logprob_token_ids",
         "kv_transfer_params",
         "vllm_xargs",

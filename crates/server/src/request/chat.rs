@@ -1,23 +1,29 @@
 //! `POST /v1/chat/completions`.
 
+use longhaul_grammar::{CallCount, Source, Tool};
 use longhaul_text::{Conversation, RESERVED_VARIABLES};
 use serde_json::{Map, Value, json};
 
 use crate::config::Limits;
 use crate::error::{ApiError, ApiResult, describe};
-use crate::request::{Common, Fields, bounds};
+use crate::request::structured::exclude;
+use crate::request::{Common, Constraint, Fields, bounds};
 use crate::serving::ModelInfo;
 
 /// Deepest value of `chat_template_kwargs`, `documents` and tools.
 const MAX_DEPTH: usize = 32;
 
 /// `tool_choice`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ToolChoice {
     /// The output is text.
     None,
     /// The model decides; calls are parsed.
     Auto,
+    /// The output is at least one call.
+    Required,
+    /// The output is a call of this tool.
+    Named(String),
 }
 
 /// The body of a chat request.
@@ -43,14 +49,22 @@ impl ChatRequest {
         let (conversation, tool_choice) = conversation(&mut f, limits)?;
         let (new, old) =
             (f.count("max_completion_tokens", 1, i64::MAX)?, f.count("max_tokens", 1, i64::MAX)?);
+        let parallel_tool_calls = f.boolean("parallel_tool_calls")?.unwrap_or(true);
+        let mut common = Common::read(&mut f, model, limits)?;
+        if let Some(calls) = calls(&conversation, &tool_choice, parallel_tool_calls) {
+            if let Some(other) = &common.constraint {
+                return Err(exclude(&calls.field, &other.field));
+            }
+            common.constraint = Some(calls);
+        }
         let request = Self {
             model: name,
             conversation,
             max_tokens: new.or(old),
             logprobs: logprobs(&mut f, model)?,
             tool_choice,
-            parallel_tool_calls: f.boolean("parallel_tool_calls")?.unwrap_or(true),
-            common: Common::read(&mut f, model, limits)?,
+            parallel_tool_calls,
+            common,
         };
         f.only("echo", &[json!(false)])?;
         f.only("reasoning_effort", &[json!("none")])?;
@@ -75,7 +89,7 @@ pub(super) fn conversation(f: &mut Fields, limits: &Limits) -> ApiResult<(Conver
         .map(|(index, item)| message(item, &format!("messages[{index}]")))
         .collect::<ApiResult<_>>()?;
     let tools = tools(f, limits)?;
-    let choice = tool_choice(f, tools.is_some())?;
+    let choice = tool_choice(f, tools.as_deref().unwrap_or_default())?;
     let continue_final_message = f.boolean("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = f.boolean("add_generation_prompt")?.unwrap_or(!continue_final_message);
     if continue_final_message && add_generation_prompt {
@@ -231,22 +245,76 @@ fn tools(f: &mut Fields, limits: &Limits) -> ApiResult<Option<Vec<Value>>> {
         if function.take("parameters").is_some_and(|parameters| !parameters.is_object()) {
             return Err(function.error("parameters", "must be a JSON schema, an object"));
         }
-        // A promise that arguments follow the schema needs constrained decoding.
-        function.only("strict", &[json!(false)])?;
+        function.boolean("strict")?;
         function.end()?;
     }
     Ok(Some(items))
 }
 
-fn tool_choice(f: &mut Fields, tools: bool) -> ApiResult<ToolChoice> {
-    match f.take("tool_choice") {
-        None => Ok(if tools { ToolChoice::Auto } else { ToolChoice::None }),
-        Some(Value::String(choice)) if choice == "none" => Ok(ToolChoice::None),
-        Some(Value::String(choice)) if choice == "auto" => {
-            Ok(if tools { ToolChoice::Auto } else { ToolChoice::None })
+fn tool_choice(f: &mut Fields, tools: &[Value]) -> ApiResult<ToolChoice> {
+    const FIELD: &str = "tool_choice";
+    let auto = if tools.is_empty() { ToolChoice::None } else { ToolChoice::Auto };
+    Ok(match f.take(FIELD) {
+        None => auto,
+        Some(Value::String(choice)) => match choice.as_str() {
+            "none" => ToolChoice::None,
+            "auto" => auto,
+            "required" if tools.is_empty() => return Err(f.error(FIELD, "\"required\" needs tools")),
+            "required" => ToolChoice::Required,
+            other => {
+                let message = format!(
+                    "{} is not supported; use \"none\", \"auto\", \"required\" or a function",
+                    crate::error::quote(other)
+                );
+                return Err(f.error(FIELD, message));
+            }
+        },
+        Some(value) => {
+            let mut choice = Fields::object(value, FIELD)?;
+            let kind = choice.required_string("type")?;
+            if kind != "function" {
+                return Err(choice.error("type", "must be \"function\""));
+            }
+            let function = choice.take("function").ok_or_else(|| choice.error("function", "is missing"))?;
+            choice.end()?;
+            let mut function = Fields::object(function, "tool_choice.function")?;
+            let name = function.required_string("name")?;
+            if !tools.iter().any(|tool| tool_name(tool) == Some(name.as_str())) {
+                return Err(function.error("name", "is none of the tools"));
+            }
+            function.end()?;
+            ToolChoice::Named(name)
         }
-        Some(_) => Err(f.error("tool_choice", "only \"auto\" and \"none\" are supported by this server")),
-    }
+    })
+}
+
+fn tool_name(tool: &Value) -> Option<&str> {
+    tool.pointer("/function/name")?.as_str()
+}
+
+/// What the choice of tools makes of the answer. A model that must call says nothing else; one that may call is held to the
+/// schemas of tools that are strict, once it calls.
+fn calls(conversation: &Conversation, choice: &ToolChoice, parallel: bool) -> Option<Constraint> {
+    let tools = conversation.tools.as_deref().unwrap_or_default();
+    let is_strict = |tool: &Value| tool.pointer("/function/strict") == Some(&Value::Bool(true));
+    let (field, count) = match choice {
+        ToolChoice::None => return None,
+        ToolChoice::Auto if !tools.iter().any(is_strict) => return None,
+        ToolChoice::Auto => ("tools", if parallel { CallCount::Any } else { CallCount::AtMostOne }),
+        ToolChoice::Required => ("tools", if parallel { CallCount::Some } else { CallCount::One }),
+        ToolChoice::Named(_) => ("tool_choice", CallCount::One),
+    };
+    let tool = |tool: &Value| {
+        let name = tool_name(tool)?;
+        let is_wanted = !matches!(choice, ToolChoice::Named(only) if only != name);
+        let parameters = match choice {
+            ToolChoice::Auto if !is_strict(tool) => Value::Null,
+            _ => tool.pointer("/function/parameters").cloned().unwrap_or_default(),
+        };
+        is_wanted.then(|| Tool { name: name.to_owned(), parameters })
+    };
+    let tools = tools.iter().filter_map(tool).collect();
+    Some(Constraint { field: field.to_owned(), source: Source::ToolCalls(tools, count) })
 }
 
 fn variables(f: &mut Fields) -> ApiResult<Map<String, Value>> {

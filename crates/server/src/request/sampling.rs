@@ -1,5 +1,6 @@
 //! The fields that chats and completions share.
 
+use longhaul_text::SpecialTokens;
 use serde_json::{Value, json};
 
 use crate::config::Limits;
@@ -7,12 +8,15 @@ use crate::error::{ApiError, ApiResult};
 use crate::request::Fields;
 use crate::request::bounds::{self, LABEL_BYTES, STOP_BYTES};
 use crate::request::fields::token_ids;
+use crate::request::structured::{Constraint, constraint};
 use crate::serving::{ModelInfo, Sampling};
 
 /// What chats and completions share.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Common {
     pub(crate) sampling: Sampling,
+    /// What the text has to look like.
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) n: u32,
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop_str_in_output: bool,
@@ -46,6 +50,7 @@ impl Common {
         labels(f)?;
         Ok(Self {
             n: f.integer("n", 1, limits.n.into())?.and_then(|n| u32::try_from(n).ok()).unwrap_or(1),
+            constraint: constraint(f)?,
             sampling: sampling(f, model, limits)?,
             stop: stops(f, limits)?,
             include_stop_str_in_output: f.boolean("include_stop_str_in_output")?.unwrap_or(false),
@@ -91,6 +96,7 @@ fn sampling(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Sam
         None => random_seed(),
     };
     let vocab = model.vocab_size;
+    let bad_words = bad_words(f, model, limits)?;
     let stop_token_ids = f.ids("stop_token_ids", vocab, bounds::STOP_TOKEN_IDS)?;
     let mut allowed_token_ids = match f.has("allowed_token_ids") {
         false => Vec::new(),
@@ -110,6 +116,7 @@ fn sampling(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Sam
         params,
         logit_bias: logit_bias(f, vocab, limits)?,
         allowed_token_ids,
+        bad_words,
         stop_token_ids,
         min_tokens: f.count("min_tokens", 0, i64::MAX)?.unwrap_or(0),
         ignore_eos: f.boolean("ignore_eos")?.unwrap_or(false),
@@ -160,6 +167,33 @@ fn logit_bias(f: &mut Fields, vocab: usize, limits: &Limits) -> ApiResult<Vec<(u
         return Err(f.error("logit_bias", format_args!("names token {id} twice")));
     }
     Ok(bias)
+}
+
+/// Each word as it is cut at the beginning of a text and behind a blank.
+fn bad_words(f: &mut Fields, model: &ModelInfo, limits: &Limits) -> ApiResult<Vec<Vec<u32>>> {
+    const FIELD: &str = "bad_words";
+    let words = f.list(FIELD, limits.bad_words)?.unwrap_or_default();
+    let mut bad: Vec<Vec<u32>> = Vec::with_capacity(2 * words.len());
+    for (index, word) in words.iter().enumerate() {
+        let Some(word) = word.as_str().filter(|word| (1..=STOP_BYTES).contains(&word.trim_start().len()))
+        else {
+            let message =
+                format!("must be a word of 1 to {STOP_BYTES} bytes, not {}", crate::error::describe(word));
+            return Err(f.error(&format!("{FIELD}[{index}]"), message));
+        };
+        let Some(tokenizer) = &model.tokenizer else {
+            return Err(f.error(FIELD, "needs a tokenizer, which this model has not"));
+        };
+        let encode =
+            |text: &str| tokenizer.encode(text, SpecialTokens::AsText).map_err(crate::prompt::text_error);
+        let plain = encode(word.trim_start())?;
+        let behind_blank = encode(&format!(" {}", word.trim_start()))?;
+        // Where the blank is a token of its own, the word is cut as at the beginning.
+        let differs = behind_blank.first() != plain.first() && behind_blank.len() == plain.len();
+        bad.extend([Some(plain), Some(behind_blank).filter(|_| differs)].into_iter().flatten());
+    }
+    bad.retain(|ids| !ids.is_empty());
+    Ok(bad)
 }
 
 fn stops(f: &mut Fields, limits: &Limits) -> ApiResult<Vec<String>> {

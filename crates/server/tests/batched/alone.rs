@@ -62,6 +62,13 @@ async fn rules_are_obeyed() {
     assert!(only.iter().all(|id| [17, 33].contains(id)), "{only:?}");
     let biased = run(&batched, endless(&prompt, |rules| rules.logit_bias = vec![(21, 1000.0)])).await.ids();
     assert_eq!(biased, [21; 12]);
+    let words = vec![vec![free[0], free[1]], vec![free[4]]];
+    let clean = run(&batched, endless(&prompt, |rules| rules.bad_words = words)).await.ids();
+    assert_eq!(clean.len(), 12);
+    assert!(
+        !clean.contains(&free[4]) && !clean.windows(2).any(|pair| pair == [free[0], free[1]]),
+        "{clean:?}"
+    );
     // A client that leaves takes nothing from those that come after it.
     let mut leaving = batched.submit(endless(&prompt, |_| {})).unwrap();
     assert!(matches!(next(&mut leaving).await, Some(Event::Started { .. })));

@@ -23,6 +23,7 @@ pub fn submission(prompt: &[u32]) -> Submission {
         params: SamplingParams::greedy(),
         logit_bias: Vec::new(),
         allowed_token_ids: Vec::new(),
+        bad_words: Vec::new(),
         stop_token_ids: Vec::new(),
         min_tokens: 0,
         ignore_eos: false,

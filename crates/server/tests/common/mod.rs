@@ -46,6 +46,7 @@ pub fn model() -> ModelInfo {
             .max()
             .unwrap(),
         vocab_size: tokenizer.vocab_size() + 7,
+        end_tokens: vec![tokenizer.special_id("<|im_end|>").unwrap()],
         tokenizer: Some(tokenizer),
         max_model_len: 4096,
         sampling: SamplingParams { temperature: 1.0, ..SamplingParams::greedy() },
@@ -223,8 +224,12 @@ impl Running {
     }
 
     pub fn start(mock: &Arc<Mock>, config: Config) -> Self {
+        Self::serve(Arc::clone(mock) as Arc<dyn Serving>, config)
+    }
+
+    pub fn serve(serving: Arc<dyn Serving>, config: Config) -> Self {
         let server = Self::unloaded(config);
-        server.lifecycle.ready(Arc::clone(mock) as Arc<dyn Serving>);
+        server.lifecycle.ready(serving);
         server
     }
 
