@@ -45,6 +45,7 @@ mod sse;
 mod structured;
 mod tls;
 mod traces;
+mod unread;
 
 pub use auth::{ApiKeys, KeyError};
 pub use batch::{BatchOptions, BatchStartError, Batchable, Batched, Defaults, QueueLimits, StepDevice};
