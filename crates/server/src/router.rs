@@ -31,6 +31,7 @@ use crate::request::is_request_id;
 use crate::server::App;
 use crate::serving::Namespace;
 use crate::traces::Parent;
+use crate::unread;
 
 /// Who may call a route. A path that is no route is [`Access::Key`]: without a key nobody learns what exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +191,8 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     let parent = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
     let parent = parent.and_then(Parent::parse);
     let record = Record::new(Arc::clone(&app), id.clone(), method, path, parent, started);
+    let (body, read) = unread::watch(std::mem::take(request.body_mut()));
+    *request.body_mut() = body;
     let response = match (checked, admitted) {
         (Err(error), _) => error.into_response(),
         (Ok(()), None) => unauthorized(),
@@ -212,7 +215,7 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     {
         headers.insert(REQUEST_ID.clone(), id);
     }
-    if matches!(app.lifecycle.phase(), Phase::Draining) {
+    if matches!(app.lifecycle.phase(), Phase::Draining) || !read.reached() {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response

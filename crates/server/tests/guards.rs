@@ -349,3 +349,37 @@ fn errors_tell_nothing_of_the_server() {
         assert!(!bodies.contains(leak), "{leak} in {bodies}");
     }
 }
+
+/// An answer that came before the body's end closes the connection, and says so; others keep it.
+#[test]
+fn a_connection_that_ends_is_announced() {
+    let (_, server) = start(with_keys());
+    let ask = |path: &str, headers: &str, content_length: usize, body: &str| {
+        let mut stream = server.connect();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {content_length}\r\n{headers}\r\n"
+        );
+        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        let mut buffer = [0; 4096];
+        while !answer.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+            let count = stream.read(&mut buffer).unwrap();
+            assert!(count > 0, "{path}: no answer");
+            answer.extend_from_slice(&buffer[..count]);
+        }
+        let answer = String::from_utf8(answer).unwrap().to_ascii_lowercase();
+        (answer[9..12].parse::<u16>().unwrap(), answer.contains("connection: close"))
+    };
+    let key = "Authorization: Bearer sesame-1\r\n";
+    let json = format!("{key}Content-Type: application/json\r\n");
+    // Ten bytes are announced, and none has come.
+    assert_eq!(ask("/v1/completions", "", 10, ""), (401, true));
+    assert_eq!(ask("/v1/embeddings", key, 10, ""), (404, true));
+    assert_eq!(ask("/v1/models", key, 10, ""), (405, true));
+    assert_eq!(ask("/v1/completions", &format!("{key}Content-Type: text/plain\r\n"), 10, ""), (400, true));
+    assert_eq!(ask("/v1/completions", &format!("{json}Content-Encoding: gzip\r\n"), 10, ""), (415, true));
+    // Read to its end, or none there.
+    assert_eq!(ask("/v1/completions", &json, 1, "{"), (400, false));
+    assert_eq!(ask("/v1/completions", &json, 15, "{\"prompt\": \"x\"}"), (200, false));
+    assert_eq!(ask("/v1/embeddings", key, 0, ""), (404, false));
+}

@@ -23,9 +23,9 @@ pub(super) fn responses(path: &str, access: Access, body: bool) -> Map<String, V
         fail("408", "The body did not arrive in time");
         fail("413", "The body is too large");
         fail("415", "The body is compressed");
+        fail("429", "The caller's quota is used up");
     }
     if generates {
-        fail("429", "The caller's quota is used up");
         fail("504", "The request took longer than the server allows");
     }
     if body || path == "/v1/models" {
@@ -81,13 +81,28 @@ fn success(path: &str) -> Value {
         "/tokenize" => "Tokens",
         _ => "Text",
     };
+    let chunk = match name {
+        "ChatAnswer" => Some("ChatChunk"),
+        "CompletionAnswer" => Some("CompletionChunk"),
+        _ => None,
+    };
     let mut content = json!({"application/json": {"schema": reference(name)}});
-    if let (Some(content), "ChatAnswer" | "CompletionAnswer") = (content.as_object_mut(), name) {
-        let events = "Server-sent events with `stream: true`: `data: {chunk}`, at the end `data: [DONE]`";
-        content
-            .insert("text/event-stream".into(), json!({"schema": {"type": "string", "description": events}}));
+    if let (Some(content), Some(chunk)) = (content.as_object_mut(), chunk) {
+        content.insert("text/event-stream".into(), json!({"schema": event(chunk)}));
     }
     json!({"description": "Done", "content": content})
+}
+
+/// A server-sent event of a stream: a chunk or an error as JSON, at the end `[DONE]`.
+fn event(chunk: &str) -> Value {
+    let content = json!({"anyOf": [reference(chunk), reference("Error")]});
+    let data = json!({"type": "string", "contentMediaType": "application/json", "contentSchema": content});
+    json!({
+        "type": "object",
+        "description": "With stream: true, each event",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    })
 }
 
 /// An object with exactly these fields, all of which are there.
@@ -157,6 +172,11 @@ pub(super) fn schemas() -> Map<String, Value> {
         ("Usage".into(), usage()),
         ("ChatAnswer".into(), chat),
         ("CompletionAnswer".into(), completion),
+        (
+            "ChatChunk".into(),
+            chunk("chat.completion.chunk", chat_chunk_choice(), json!({"prompt_token_ids": ids()})),
+        ),
+        ("CompletionChunk".into(), chunk("text_completion", completion_chunk_choice(), json!({}))),
     ])
 }
 
@@ -176,12 +196,9 @@ fn model() -> Value {
 
 fn usage() -> Value {
     let count = json!({"type": "integer", "minimum": 0});
-    exactly(json!({
-        "prompt_tokens": count,
-        "total_tokens": count,
-        "completion_tokens": count,
-        "prompt_tokens_details": or_null(exactly(json!({"cached_tokens": count}))),
-    }))
+    let details = or_null(exactly(json!({"cached_tokens": count})));
+    let counts = exactly(json!({"prompt_tokens": count, "total_tokens": count, "completion_tokens": count}));
+    with_optional(counts, json!({"prompt_tokens_details": details}))
 }
 
 /// A whole answer of kind `object`.
@@ -200,6 +217,29 @@ fn answer(object: &str, choice: Value, own: Value) -> Value {
         fields.extend(own);
     }
     exactly(fields)
+}
+
+/// A chunk of a stream, with the fields of `own` if they were asked for. The one with the usage alone has no choices.
+fn chunk(object: &str, choice: Value, own: Value) -> Value {
+    let base = json!({
+        "id": {"type": "string"},
+        "object": {"const": object},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "choices": list(choice),
+    });
+    let usage = json!({"usage": reference("Usage")});
+    with_optional(with_optional(exactly(base), usage), own)
+}
+
+/// `schema` with fields that need not be there.
+fn with_optional(mut schema: Value, more: Value) -> Value {
+    if let (Some(fields), Value::Object(more)) =
+        (schema.get_mut("properties").and_then(Value::as_object_mut), more)
+    {
+        fields.extend(more);
+    }
+    schema
 }
 
 fn reason(reasons: &[&str]) -> (Value, Value) {
@@ -230,6 +270,56 @@ fn prompt_score() -> Value {
     or_null(json!({"type": "object", "additionalProperties": entry}))
 }
 
+fn ids() -> Value {
+    list(json!({"type": "integer", "minimum": 0}))
+}
+
+fn chat_logprobs() -> Value {
+    let token = scored(json!({"top_logprobs": list(scored(json!({})))}));
+    or_null(exactly(json!({"content": list(token)})))
+}
+
+fn completion_logprobs() -> Value {
+    let scores = json!({"type": "object", "additionalProperties": logprob()});
+    or_null(exactly(json!({
+        "text_offset": ids(),
+        "token_logprobs": list(or_null(logprob())),
+        "tokens": list(json!({"type": "string"})),
+        "top_logprobs": list(or_null(scores)),
+    })))
+}
+
+fn chat_chunk_choice() -> Value {
+    let text = json!({"type": "string"});
+    let function = with_optional(exactly(json!({})), json!({"name": text, "arguments": text}));
+    let call = with_optional(
+        exactly(json!({"index": {"type": "integer", "minimum": 0}, "function": function})),
+        json!({"id": text, "type": {"const": "function"}}),
+    );
+    let delta =
+        with_optional(exactly(json!({})), json!({"role": text, "content": text, "tool_calls": list(call)}));
+    let (finish, stop) = reason(&["stop", "length", "tool_calls"]);
+    let choice = exactly(json!({
+        "index": {"type": "integer", "minimum": 0},
+        "delta": delta,
+        "logprobs": chat_logprobs(),
+        "finish_reason": or_null(finish),
+    }));
+    with_optional(choice, json!({"stop_reason": stop, "token_ids": ids()}))
+}
+
+fn completion_chunk_choice() -> Value {
+    let (finish, stop) = reason(&["stop", "length"]);
+    let choice = exactly(json!({
+        "index": {"type": "integer", "minimum": 0},
+        "text": {"type": "string"},
+        "logprobs": completion_logprobs(),
+        "finish_reason": or_null(finish),
+        "stop_reason": stop,
+    }));
+    with_optional(choice, json!({"prompt_token_ids": ids(), "token_ids": ids()}))
+}
+
 fn chat_choice() -> Value {
     let nothing = json!({"type": "null"});
     let function = exactly(json!({"name": {"type": "string"}, "arguments": {"type": "string"}}));
@@ -244,36 +334,27 @@ fn chat_choice() -> Value {
         "function_call": nothing,
         "tool_calls": list(call),
     }));
-    let token = scored(json!({"top_logprobs": list(scored(json!({})))}));
     let (finish, stop) = reason(&["stop", "length", "tool_calls"]);
     exactly(json!({
         "index": {"type": "integer", "minimum": 0},
         "message": message,
-        "logprobs": or_null(exactly(json!({"content": list(token)}))),
+        "logprobs": chat_logprobs(),
         "finish_reason": finish,
         "stop_reason": stop,
-        "token_ids": or_null(list(json!({"type": "integer", "minimum": 0}))),
+        "token_ids": or_null(ids()),
     }))
 }
 
 fn completion_choice() -> Value {
-    let ids = or_null(list(json!({"type": "integer", "minimum": 0})));
-    let scores = json!({"type": "object", "additionalProperties": logprob()});
-    let logprobs = exactly(json!({
-        "text_offset": list(json!({"type": "integer", "minimum": 0})),
-        "token_logprobs": list(or_null(logprob())),
-        "tokens": list(json!({"type": "string"})),
-        "top_logprobs": list(or_null(scores)),
-    }));
     let (finish, stop) = reason(&["stop", "length"]);
     exactly(json!({
         "index": {"type": "integer", "minimum": 0},
         "text": {"type": "string"},
-        "logprobs": or_null(logprobs),
+        "logprobs": completion_logprobs(),
         "finish_reason": finish,
         "stop_reason": stop,
-        "token_ids": ids,
+        "token_ids": or_null(ids()),
         "prompt_logprobs": or_null(list(prompt_score())),
-        "prompt_token_ids": ids,
+        "prompt_token_ids": or_null(ids()),
     }))
 }
