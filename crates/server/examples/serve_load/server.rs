@@ -80,6 +80,7 @@ fn batchable(sizes: Sizes) -> Result<Batchable, Box<dyn std::error::Error>> {
         vocab_size: 1536,
         tokenizer: Some(tokenizer),
         max_model_len: 65_536,
+        end_tokens: Vec::new(),
         sampling: SamplingParams { temperature: 1.0, ..SamplingParams::greedy() },
         max_new_tokens: None,
         max_logprobs: 20,
@@ -89,7 +90,6 @@ fn batchable(sizes: Sizes) -> Result<Batchable, Box<dyn std::error::Error>> {
     Ok(Batchable {
         device: Box::new(Device { step_time: Duration::from_micros(sizes.step) }),
         model,
-        end_tokens: Vec::new(),
         padding_ids: Vec::new(),
         positions: String::new(),
         limits: BatchLimits { rows: 4 * MAX_SEQUENCES, sequences: MAX_SEQUENCES, logit_rows: MAX_SEQUENCES },
