@@ -58,8 +58,9 @@ pub use longhaul_scheduler::NgramConfig;
 pub use quota::KeyTerms;
 pub use server::{Drained, Server, ServerError};
 pub use serving::{
-    Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PromptToken,
-    Refusal, STEP_ROWS, Sampling, Serving, Snapshot, SpeculationCounts, Submission, TokenScore, channel,
+    Event, EventSink, EventStream, Failure, Finish, Grammar, Matcher, ModelInfo, Namespace, PREEMPTIONS,
+    PromptToken, Refusal, STEP_ROWS, Sampling, Serving, Snapshot, SpeculationCounts, Submission, TokenScore,
+    channel,
 };
 pub use tls::{Tls, TlsError};
 pub use traces::{TraceError, Tracer};

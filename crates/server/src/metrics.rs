@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::ledger::Ledger;
-use crate::serving::{ModelInfo, STEP_ROWS, Snapshot, SpeculationCounts};
+use crate::serving::{ModelInfo, PREEMPTIONS, STEP_ROWS, Snapshot, SpeculationCounts};
 use crate::traces::Tracer;
 
 const TTFT: &[f64] = &[
@@ -376,19 +376,20 @@ fn engine(out: &mut Exposition, model: &ModelInfo, snapshot: Snapshot) {
     out.counter("vllm:prefix_cache_hits", "Prompt tokens found.", snapshot.prefix_hits);
     out.counter("vllm:gpu_prefix_cache_queries", "The same under its old name.", snapshot.prefix_queries);
     out.counter("vllm:gpu_prefix_cache_hits", "The same under its old name.", snapshot.prefix_hits);
-    out.head(
+    out.buckets(
         "vllm:iteration_tokens_total",
-        "histogram",
         "Rows of a step: tokens that decode and tokens of prompts.",
+        &STEP_ROWS,
+        &snapshot.step_rows,
+        snapshot.step_rows_sum,
     );
-    let mut steps = 0;
-    let bounds = STEP_ROWS.iter().map(u64::to_string).chain(["+Inf".to_owned()]);
-    for (bound, count) in bounds.zip(snapshot.step_rows) {
-        steps += count;
-        out.sample("vllm:iteration_tokens_total_bucket", &format!("le=\"{bound}\""), steps as f64);
-    }
-    out.sample("vllm:iteration_tokens_total_sum", "", snapshot.step_rows_sum as f64);
-    out.sample("vllm:iteration_tokens_total_count", "", steps as f64);
+    out.buckets(
+        "vllm:request_num_preemptions",
+        "Times that a request gave up its blocks for others.",
+        &PREEMPTIONS,
+        &snapshot.request_preemptions,
+        snapshot.request_preemptions_sum,
+    );
     out.head("vllm:engine_sleep_state", "gauge", "1 for the state of the weights.");
     for (state, on) in [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)] {
         out.sample("vllm:engine_sleep_state", &format!("sleep_state=\"{state}\""), on);
@@ -440,6 +441,19 @@ impl Exposition {
     fn gauge(&mut self, name: &str, help: &str, value: f64) {
         self.head(name, "gauge", help);
         self.sample(name, "", value);
+    }
+
+    /// A histogram that was counted elsewhere: `counts` has one more than `bounds`.
+    fn buckets(&mut self, name: &str, help: &str, bounds: &[u64], counts: &[u64], sum: u64) {
+        self.head(name, "histogram", help);
+        let mut all = 0;
+        let bounds = bounds.iter().map(u64::to_string).chain(["+Inf".to_owned()]);
+        for (bound, count) in bounds.zip(counts) {
+            all += count;
+            self.sample(&format!("{name}_bucket"), &format!("le=\"{bound}\""), all as f64);
+        }
+        self.sample(&format!("{name}_sum"), "", sum as f64);
+        self.sample(&format!("{name}_count"), "", all as f64);
     }
 
     fn counter(&mut self, name: &str, help: &str, value: u64) {

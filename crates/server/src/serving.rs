@@ -270,6 +270,9 @@ pub enum Refusal {
 /// Upper bounds of the buckets of rows a step, as vLLM's `iteration_tokens_total` has them.
 pub const STEP_ROWS: [u64; 12] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
 
+/// Upper bounds of the buckets of preemptions a request.
+pub const PREEMPTIONS: [u64; 6] = [0, 1, 2, 5, 10, 20];
+
 /// Gauges and counters of the engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Snapshot {
@@ -293,6 +296,10 @@ pub struct Snapshot {
     pub step_rows: [u64; STEP_ROWS.len() + 1],
     /// Rows of all steps.
     pub step_rows_sum: u64,
+    /// Requests that were started and have ended, by how often they gave up blocks: up to [`PREEMPTIONS`], and more.
+    pub request_preemptions: [u64; PREEMPTIONS.len() + 1],
+    /// How often these did, together.
+    pub request_preemptions_sum: u64,
     /// Speculative decoding, where it is on.
     pub speculation: Option<SpeculationCounts>,
 }

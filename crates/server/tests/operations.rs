@@ -260,7 +260,14 @@ fn buckets(name: &str, samples: &[Sample]) {
 fn the_metrics_page_is_what_prometheus_reads() {
     let mut rows = [0; STEP_ROWS.len() + 1];
     (rows[0], rows[3], rows[STEP_ROWS.len()]) = (5, 2, 1);
-    let snapshot = Snapshot { steps: 8, step_rows: rows, step_rows_sum: 9_000, ..Snapshot::default() };
+    let snapshot = Snapshot {
+        steps: 8,
+        step_rows: rows,
+        step_rows_sum: 9_000,
+        request_preemptions: [7, 2, 0, 0, 0, 0, 1],
+        request_preemptions_sum: 30,
+        ..Snapshot::default()
+    };
     let mock = Mock::saying("one two three<|im_end|>").with_snapshot(snapshot);
     let mock = Arc::new(mock.with_model(|model| model.root = "a \"quoted\" \\ name".into()));
     let server = Running::unloaded(Config::default());
@@ -286,6 +293,7 @@ fn the_metrics_page_is_what_prometheus_reads() {
         assert_eq!((value("_sum"), value("_count")), (sum, count), "{name}");
     };
     histogram("vllm:iteration_tokens_total", 9_000.0, 8.0);
+    histogram("vllm:request_num_preemptions", 30.0, 10.0);
     // Three tokens of each prompt were found in the cache.
     let prompts = 2.0 * ids("alpha beta gamma delta").len() as f64;
     histogram("vllm:request_prompt_tokens", prompts, 2.0);

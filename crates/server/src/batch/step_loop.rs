@@ -20,7 +20,7 @@ use super::status::Status;
 use super::{Message, New};
 use crate::lifecycle::EngineLost;
 use crate::log::{Level, event};
-use crate::serving::{Failure, STEP_ROWS, SpeculationCounts, TokenScore};
+use crate::serving::{Failure, PREEMPTIONS, STEP_ROWS, SpeculationCounts, TokenScore};
 
 /// How often deadlines are looked at while nothing else happens.
 const TICK: Duration = Duration::from_millis(20);
@@ -297,7 +297,10 @@ impl StepLoop {
                 self.token(sequence, token, Some(End::Stop));
             }
             Update::ChoiceFinished { .. } => {}
-            Update::Finished { id, outcome, refusal, .. } => {
+            Update::Finished { id, outcome, refusal, usage } => {
+                if refusal.is_none() {
+                    self.preempted(usage.preemptions.into());
+                }
                 let Some(request) = self.requests.remove(&id) else { return };
                 let refusal = refusal.map(|refusal| refusal.to_string());
                 match outcome {
@@ -323,6 +326,17 @@ impl StepLoop {
         if !request.token(sequence.choice, token, end) || request.is_cancelled() {
             self.events.push(scheduler::Event::Cancel(sequence.request));
         }
+    }
+
+    /// A request has ended that gave up its blocks so many times.
+    fn preempted(&self, times: u64) {
+        self.status.update(|snapshot| {
+            snapshot.request_preemptions_sum += times;
+            let bucket = PREEMPTIONS.iter().position(|most| times <= *most).unwrap_or(PREEMPTIONS.len());
+            if let Some(count) = snapshot.request_preemptions.get_mut(bucket) {
+                *count += 1;
+            }
+        });
     }
 
     /// Sends a plan to the device.

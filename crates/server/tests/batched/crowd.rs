@@ -171,6 +171,12 @@ async fn together(cases: Arc<Vec<Case>>, expected: &[Vec<Vec<u32>>], options: Ba
     };
     assert_eq!(snapshot.kv_cache_usage, 0.0, "blocks were lost");
     assert!(snapshot.preemptions > 20, "{snapshot:?}");
+    // Every one of them is on some request's account.
+    assert_eq!(snapshot.request_preemptions_sum, snapshot.preemptions);
+    assert!(
+        snapshot.request_preemptions.iter().sum::<u64>() > snapshot.request_preemptions[0],
+        "{snapshot:?}"
+    );
     snapshot
 }
 
