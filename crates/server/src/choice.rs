@@ -1,11 +1,35 @@
 //! The text of one choice: detokenizer, stop strings, tool calls.
 
-use longhaul_text::{Detokenizer, StopMatcher, Tokenizer, ToolCall, ToolCallParser, ToolPiece};
+use longhaul_text::{
+    CallPiece, Detokenizer, ForcedCallParser, StopMatcher, Tokenizer, ToolCallParser, ToolPiece,
+};
 use serde_json::{Value, json};
 
 use crate::error::{ApiError, ApiResult};
 use crate::ledger::Outcome;
 use crate::serving::Finish;
+
+/// Whether there are tool calls in a text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Calls {
+    /// What looks like one is text.
+    #[default]
+    None,
+    /// The model decides; a call is one when it is complete.
+    Among,
+    /// The text is calls, and nothing else.
+    Only,
+}
+
+/// A call, or the next part of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct CallPart {
+    /// Among the choice's calls.
+    pub(crate) index: usize,
+    /// Of the first part.
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
+}
 
 /// How a request wants its text.
 #[derive(Debug, Clone)]
@@ -16,7 +40,7 @@ pub(crate) struct TextOptions {
     pub(crate) skip_special: bool,
     /// Stop strings within the first tokens do not count.
     pub(crate) min_tokens: usize,
-    pub(crate) tools: bool,
+    pub(crate) calls: Calls,
     pub(crate) parallel_tool_calls: bool,
     /// Why a choice with calls ended, unless it was cut.
     pub(crate) calls_finish: &'static str,
@@ -44,9 +68,13 @@ impl Ended {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Piece {
     pub(crate) text: String,
-    /// Calls, with their index among the choice's calls.
-    pub(crate) calls: Vec<(usize, ToolCall)>,
+    pub(crate) calls: Vec<CallPart>,
     pub(crate) ended: Option<Ended>,
+}
+
+enum Parser {
+    Among(ToolCallParser),
+    Only(ForcedCallParser),
 }
 
 /// One choice on its way from ids to text.
@@ -54,7 +82,7 @@ pub(crate) struct Choice {
     options: TextOptions,
     detokenizer: Option<Detokenizer>,
     stops: StopMatcher,
-    tools: Option<ToolCallParser>,
+    parser: Option<Parser>,
     calls: usize,
     tokens: usize,
     ended: bool,
@@ -73,7 +101,11 @@ impl Choice {
         Ok(Self {
             detokenizer: options.tokenizer.clone().map(|t| Detokenizer::new(t, options.skip_special)),
             stops: StopMatcher::new(options.stop.clone()).map_err(crate::prompt::text_error)?,
-            tools: options.tools.then(ToolCallParser::default),
+            parser: match options.calls {
+                Calls::None => None,
+                Calls::Among => Some(Parser::Among(ToolCallParser::default())),
+                Calls::Only => Some(Parser::Only(ForcedCallParser::default())),
+            },
             options: options.clone(),
             calls: 0,
             tokens: 0,
@@ -149,21 +181,50 @@ impl Choice {
     }
 
     fn tools(&mut self, mut piece: Piece) -> Piece {
-        let Some(parser) = &mut self.tools else { return piece };
-        let mut parts = parser.push(&piece.text);
-        if piece.ended.is_some() {
-            parts.extend(parser.finish());
-        }
-        piece.text.clear();
-        for part in parts {
-            match part {
-                ToolPiece::Text(text) => piece.text.push_str(&text),
-                ToolPiece::Call(call) if self.calls == 0 || self.options.parallel_tool_calls => {
-                    piece.calls.push((self.calls, call));
-                    self.calls += 1;
+        let text = std::mem::take(&mut piece.text);
+        let ended = piece.ended.is_some();
+        match &mut self.parser {
+            None => piece.text = text,
+            Some(Parser::Among(parser)) => {
+                let mut parts = parser.push(&text);
+                if ended {
+                    parts.extend(parser.finish());
                 }
-                // Only one call was wanted.
-                ToolPiece::Call(_) => {}
+                for part in parts {
+                    match part {
+                        ToolPiece::Text(text) => piece.text.push_str(&text),
+                        ToolPiece::Call(call) if self.calls == 0 || self.options.parallel_tool_calls => {
+                            let (index, name) = (self.calls, Some(call.name));
+                            piece.calls.push(CallPart { index, name, arguments: call.arguments });
+                            self.calls += 1;
+                        }
+                        // Only one call was wanted.
+                        ToolPiece::Call(_) => {}
+                    }
+                }
+            }
+            Some(Parser::Only(parser)) => {
+                let mut parts = parser.push(&text);
+                if ended {
+                    parts.extend(parser.finish());
+                }
+                for part in parts {
+                    match part {
+                        CallPiece::Text(text) => piece.text.push_str(&text),
+                        CallPiece::Name(name) => {
+                            let (index, name) = (self.calls, Some(name));
+                            piece.calls.push(CallPart { index, name, arguments: String::new() });
+                            self.calls += 1;
+                        }
+                        CallPiece::Arguments(arguments) => {
+                            let index = self.calls.saturating_sub(1);
+                            match piece.calls.last_mut() {
+                                Some(call) if call.index == index => call.arguments.push_str(&arguments),
+                                _ => piece.calls.push(CallPart { index, name: None, arguments }),
+                            }
+                        }
+                    }
+                }
             }
         }
         if let Some(ended) = &mut piece.ended

@@ -20,7 +20,7 @@ use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{timeout, timeout_at};
 
-use crate::choice::TextOptions;
+use crate::choice::{Calls, TextOptions};
 use crate::error::{ApiError, ApiResult, quote};
 use crate::ledger::Ticket;
 use crate::logprobs::TokenWriter;
@@ -207,7 +207,7 @@ impl Call {
             include_stop: common.include_stop_str_in_output,
             skip_special: common.skip_special_tokens,
             min_tokens: common.sampling.min_tokens,
-            tools: false,
+            calls: Calls::None,
             parallel_tool_calls: true,
             calls_finish: "tool_calls",
         }

@@ -122,8 +122,11 @@ impl Generation {
     fn say(&self, index: usize, piece: &Piece) {
         let Some(record) = self.record().filter(|record| record.wants_outputs()) else { return };
         record.said(index, &piece.text);
-        for (_, call) in &piece.calls {
-            record.said(index, &format!("<tool_call>{}({})</tool_call>", call.name, call.arguments));
+        for call in &piece.calls {
+            if let Some(name) = &call.name {
+                record.said(index, &format!("<tool_call>{name} "));
+            }
+            record.said(index, &call.arguments);
         }
     }
 

@@ -272,11 +272,12 @@ fn tools() -> Value {
     json!([{"type": "function", "function": weather}, {"type": "function", "function": now}])
 }
 
-fn calls(choice: &Value) -> Vec<(String, Value)> {
+fn calls(choice: &Value) -> Vec<(String, String)> {
     let call = |call: &Value| {
         assert_eq!(call["type"], "function");
-        let arguments = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
-        (call["function"]["name"].as_str().unwrap().to_owned(), arguments)
+        assert!(call["id"].is_string() && call.get("index").is_none());
+        let text = |field: &str| call["function"][field].as_str().unwrap().to_owned();
+        (text("name"), text("arguments"))
     };
     choice["message"]["tool_calls"].as_array().unwrap().iter().map(call).collect()
 }
@@ -289,11 +290,12 @@ fn forced_tools_are_called() {
         let reply = chat(&server, &request);
         assert_eq!(reply.status, 200, "{reply:?}");
         let whole = reply.json()["choices"][0].clone();
-        // Streamed, the same calls.
-        let mut streamed: Vec<(String, String)> = Vec::new();
-        let mut finish = Value::Null;
+        // Streamed, the same calls, while they are made.
+        let (mut streamed, mut content): (Vec<(String, String)>, String) = Default::default();
+        let (mut finish, mut parts) = (Value::Null, 0);
         for event in chat(&server, &with(request, &json!({"stream": true}))).events() {
             let choice = &event["choices"][0];
+            content += choice["delta"]["content"].as_str().unwrap_or_default();
             for call in choice["delta"]["tool_calls"].as_array().into_iter().flatten() {
                 let index = call["index"].as_u64().unwrap() as usize;
                 if index == streamed.len() {
@@ -303,25 +305,29 @@ fn forced_tools_are_called() {
                     assert!(call.get("id").is_none() && call["function"].get("name").is_none(), "{call}");
                 }
                 streamed[index].1 += call["function"]["arguments"].as_str().unwrap_or_default();
+                parts += 1;
             }
             finish = choice["finish_reason"].clone();
         }
-        let arguments = |(name, text): &(String, String)| (name.clone(), serde_json::from_str(text).unwrap());
-        assert_eq!(streamed.iter().map(arguments).collect::<Vec<_>>(), calls(&whole));
+        assert_eq!(streamed, calls(&whole));
+        let at_once = streamed.iter().all(|(name, _)| name == "now");
+        assert!(at_once || parts > streamed.len(), "{parts} parts of {} calls", streamed.len());
+        assert_eq!(content, whole["message"]["content"].as_str().unwrap_or_default());
         assert_eq!(finish, whole["finish_reason"]);
         whole
     };
     for seed in 0..4 {
         // A model that has not learned to stop calls until it is cut.
         let required = ask(json!("required"), json!({"seed": seed}));
-        let finish = required["finish_reason"].as_str().unwrap();
-        assert!(
-            finish == "length" || finish == "tool_calls" && required["message"]["content"].is_null(),
-            "{required}"
-        );
-        let made = calls(&required);
+        let mut made = calls(&required);
+        match required["finish_reason"].as_str().unwrap() {
+            "tool_calls" => assert_eq!(required["message"]["content"], Value::Null),
+            "length" => drop(made.pop()),
+            other => panic!("{other}"),
+        }
         assert!(!made.is_empty());
         for (name, arguments) in made {
+            let arguments: Value = serde_json::from_str(&arguments).unwrap();
             match name.as_str() {
                 "now" => assert_eq!(arguments, json!({})),
                 _ => assert!(
@@ -336,9 +342,18 @@ fn forced_tools_are_called() {
         let named = ask(json!({"type": "function", "function": {"name": "now"}}), json!({"seed": seed}));
         assert_eq!(
             (calls(&named), &named["finish_reason"]),
-            (vec![("now".into(), json!({}))], &json!("stop"))
+            (vec![("now".into(), "{}".into())], &json!("stop"))
         );
     }
+    // Cut within its arguments, a call has those that were made.
+    let cut = ask(json!({"type": "function", "function": {"name": "weather"}}), json!({"max_tokens": 60}));
+    let whole = ask(json!({"type": "function", "function": {"name": "weather"}}), json!({}));
+    assert_eq!(cut["finish_reason"], "length");
+    let (cut, whole) = (calls(&cut), calls(&whole));
+    assert!(
+        cut.len() <= 1 && cut.iter().zip(&whole).all(|(cut, whole)| whole.1.starts_with(&cut.1)),
+        "{cut:?} {whole:?}"
+    );
     for (request, param) in [
         (
             json!({"tools": tools(), "tool_choice": "required", "response_format": {"type": "json_object"}}),

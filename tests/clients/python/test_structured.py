@@ -1,5 +1,6 @@
 """Answers of a given form: `response_format`, vLLM's `structured_outputs`, and tools that must be called."""
 
+import asyncio
 import json
 import re
 from enum import Enum
@@ -7,6 +8,7 @@ from enum import Enum
 import openai
 import pytest
 from calls import NEEDLE, TIME, WEATHER, chat, collect, complete
+from harness.servers import KEY
 from pydantic import BaseModel, Field
 
 
@@ -227,10 +229,6 @@ def test_what_cannot_be_obeyed_is_refused(demo, fields, param):
 
 def test_grammars_do_not_mix(demo):
     """Many forms at once, each obeyed."""
-    import asyncio
-
-    from harness.servers import KEY
-
     async def run():
         async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key=KEY, max_retries=0) as sdk:
             ask = lambda n: sdk.completions.create(  # noqa: E731

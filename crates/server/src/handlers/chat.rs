@@ -5,7 +5,7 @@ use axum::response::Response;
 use longhaul_text::Conversation;
 use serde_json::{Map, Value, json};
 
-use crate::choice::TextOptions;
+use crate::choice::{Calls, TextOptions};
 use crate::error::{ApiError, ApiResult};
 use crate::handlers::{Call, Ready, answer, open, plain, receive};
 use crate::pipeline::Generation;
@@ -64,7 +64,11 @@ async fn start(app: Arc<App>, request: Request) -> ApiResult<Ready<ChatWriter>> 
     let mut submission = call.submission(id.clone(), Arc::clone(&prompt.ids), &common, grammar, max_tokens);
     submission.logprobs = request.logprobs;
     let options = TextOptions {
-        tools: request.tool_choice != ToolChoice::None,
+        calls: match request.tool_choice {
+            ToolChoice::None => Calls::None,
+            ToolChoice::Auto => Calls::Among,
+            ToolChoice::Required | ToolChoice::Named(_) => Calls::Only,
+        },
         parallel_tool_calls: request.parallel_tool_calls,
         // The client has chosen the call; that the model made it is no news.
         calls_finish: if let ToolChoice::Named(_) = request.tool_choice { "stop" } else { "tool_calls" },

@@ -1,7 +1,6 @@
-use longhaul_text::ToolCall;
 use serde_json::{Map, Value, json};
 
-use crate::choice::{Ended, Piece};
+use crate::choice::{CallPart, Ended, Piece};
 use crate::logprobs::TokenWriter;
 use crate::pipeline::{Generation, Usage};
 use crate::response::{Head, Writer};
@@ -42,10 +41,15 @@ impl ChatWriter {
         Self { head, role, tokens, logprobs, prompt_ids, prompt_logprobs, kept: Vec::new(), calls: 0 }
     }
 
-    fn call(&mut self, call: ToolCall) -> Value {
+    /// A call as it begins, or the next part of its arguments.
+    fn call(&mut self, call: CallPart) -> Value {
+        let Some(name) = call.name else {
+            return json!({"index": call.index, "function": {"arguments": call.arguments}});
+        };
         self.calls += 1;
         let id = format!("chatcmpl-tool-{}-{}", self.head.id.trim_start_matches("chatcmpl-"), self.calls);
-        json!({"id": id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}})
+        let function = json!({"name": name, "arguments": call.arguments});
+        json!({"index": call.index, "id": id, "type": "function", "function": function})
     }
 
     fn scores(&self, token: Option<&TokenScore>) -> Value {
@@ -54,6 +58,22 @@ impl ChatWriter {
             _ => Value::Null,
         }
     }
+}
+
+/// Adds the next part of a choice's calls.
+fn keep_call(calls: &mut Vec<Value>, mut part: Value) {
+    const ARGUMENTS: &str = "/function/arguments";
+    if part.get("id").is_none() {
+        let more = part.pointer(ARGUMENTS).and_then(Value::as_str).unwrap_or_default();
+        if let Some(Value::String(whole)) = calls.last_mut().and_then(|call| call.pointer_mut(ARGUMENTS)) {
+            whole.push_str(more);
+        }
+        return;
+    }
+    if let Some(map) = part.as_object_mut() {
+        map.shift_remove("index");
+    }
+    calls.push(part);
 }
 
 const CHUNK: &str = "chat.completion.chunk";
@@ -90,14 +110,8 @@ impl Writer for ChatWriter {
             delta.insert("content".into(), json!(piece.text));
         }
         if !piece.calls.is_empty() {
-            let calls = piece.calls.into_iter().map(|(index, call)| {
-                let mut call = self.call(call);
-                if let Some(map) = call.as_object_mut() {
-                    map.shift_insert(0, "index".into(), json!(index));
-                }
-                call
-            });
-            delta.insert("tool_calls".into(), Value::Array(calls.collect()));
+            let calls = piece.calls.into_iter().map(|call| self.call(call)).collect();
+            delta.insert("tool_calls".into(), Value::Array(calls));
         }
         let mut choice = Map::from_iter([
             ("index".into(), json!(index)),
@@ -120,14 +134,14 @@ impl Writer for ChatWriter {
     }
 
     fn keep(&mut self, index: usize, piece: Piece, token: Option<TokenScore>) {
-        let calls: Vec<Value> = piece.calls.into_iter().map(|(_, call)| self.call(call)).collect();
+        let parts: Vec<Value> = piece.calls.into_iter().map(|call| self.call(call)).collect();
         let score = token.as_ref().filter(|_| self.logprobs).map(|score| self.tokens.chat(score));
         if self.kept.len() <= index {
             self.kept.resize_with(index + 1, Kept::default);
         }
         let Some(kept) = self.kept.get_mut(index) else { return };
         kept.text.push_str(&piece.text);
-        kept.calls.extend(calls);
+        parts.into_iter().for_each(|part| keep_call(&mut kept.calls, part));
         kept.logprobs.extend(score);
         kept.ids.extend(token.map(|token| token.id));
         kept.ended = piece.ended.or(kept.ended.take());
