@@ -141,6 +141,7 @@ fn what_is_not_done_here_is_refused_with_the_reason() {
         (vec!["--enable-lora"], 64, "--enable-lora: adapters"),
         (vec!["--config", "/no/such/file"], 64, "--config /no/such/file"),
         (vec!["--nonsense"], 2, "--nonsense"),
+        (vec!["--port", "0", "--served-model-name", "a", "b", "a"], 64, "\"a\" is there twice"),
         (vec!["--allowed-origins", "https://a"], 2, "JSON list"),
         (vec!["--allowed-origins", "[\"*\"]", "--allow-credentials"], 64, "--allow-credentials"),
         (vec!["--root-path", "llm"], 2, "--root-path"),

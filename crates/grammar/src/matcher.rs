@@ -6,7 +6,7 @@ use llguidance::TokenParser;
 
 use crate::error::{GrammarError, reason};
 
-/// Bytes of a lexer's state, and of a grammar beside its source and lexer: measured, rounded up.
+/// Bytes of a lexer's state, and of a grammar beside its source and lexer: estimates, so that the bytes of a cache have a bound.
 const STATE_BYTES: usize = 2 << 10;
 const GRAMMAR_BYTES: usize = 64 << 10;
 

@@ -214,6 +214,15 @@ fn address(host: &str, port: u16) -> Result<SocketAddr> {
     Ok(addresses.next().ok_or_else(|| unusable("has no address".into()))?)
 }
 
+/// Names of `--served-model-name`, each once.
+fn names(names: &[String]) -> Result<Vec<String>> {
+    match names.iter().enumerate().find(|(index, name)| names.iter().take(*index).any(|other| other == *name))
+    {
+        Some((_, name)) => Err(UsageError(format!("--served-model-name: {name:?} is there twice")).into()),
+        None => Ok(names.to_vec()),
+    }
+}
+
 fn config(args: &ServeArgs) -> Result<Config> {
     let http = &args.http;
     let api_keys = keys(args)?;
@@ -224,7 +233,7 @@ fn config(args: &ServeArgs) -> Result<Config> {
     }
     let some = |time: Duration| (!time.is_zero()).then_some(time);
     Ok(Config {
-        served_model_names: http.served_model_name.clone(),
+        served_model_names: names(&http.served_model_name)?,
         api_keys,
         allow_unauthenticated: http.allow_unauthenticated,
         tls: tls(args)?,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::iter::Peekable;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -95,14 +96,19 @@ impl StepLoop {
         }
     }
 
-    /// Runs until the server is dropped.
+    /// Runs until the server is dropped. A panic is the loss of the engine: nobody knows what the state is worth.
     pub(super) fn run(mut self) {
-        while !self.is_closed {
-            self.listen();
-            // With two steps in flight, the next one is planned at once.
-            while let Some(plan) = self.advance() {
-                self.send(plan);
+        let steps = AssertUnwindSafe(|| {
+            while !self.is_closed {
+                self.listen();
+                // With two steps in flight, the next one is planned at once.
+                while let Some(plan) = self.advance() {
+                    self.send(plan);
+                }
             }
+        });
+        if catch_unwind(steps).is_err() {
+            self.lose("the step loop panicked".into(), false);
         }
         for (_, request) in std::mem::take(&mut self.requests) {
             request.fail(Failure::Drained);
