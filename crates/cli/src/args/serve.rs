@@ -66,7 +66,7 @@ pub struct HttpArgs {
     /// A path that proxies put before every route, such as /llm
     #[arg(long, default_value = "", value_parser = root_path, value_name = "PATH")]
     pub root_path: String,
-    /// Origins whose pages may call the API from a browser, a JSON list such as ["https://chat.example"], or ["*"] for all
+    /// Origins whose pages may call the API from a browser, a JSON list such as `["https://chat.example"]`, or `["*"]` for all
     #[arg(long, value_parser = header_values, default_value = "[]", value_name = "JSON")]
     pub allowed_origins: JsonList,
     /// Methods that such pages may use [default: ["GET", "POST"]]
