@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use longhaul_text::civil_date;
 use serde_json::{Map, Value};
 
 /// Lines that may wait for the reader of the log.
@@ -200,15 +201,7 @@ fn line<const N: usize>(
 fn timestamp(now: SystemTime) -> String {
     let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Days to a date in the proleptic Gregorian calendar, in years that begin in March: the leap day comes last.
-    let day = days + 719_468;
-    let (era, day) = (day / 146_097, day % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let of_year = day - (365 * year + year / 4 - year / 100);
-    let march = (5 * of_year + 2) / 153;
-    let date = of_year - (153 * march + 2) / 5 + 1;
-    let month = if march < 10 { march + 3 } else { march - 9 };
-    let year = year + era * 400 + u64::from(month <= 2);
+    let (year, month, date, _) = civil_date(days);
     format!(
         "{year:04}-{month:02}-{date:02}T{:02}:{:02}:{:02}.{:03}Z",
         second / 3600,

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod byte_level;
+mod calendar;
 mod chat;
 mod conversation;
 mod detokenizer;
@@ -21,6 +22,7 @@ mod tokenizer;
 mod tokenizer_json;
 mod tool_calls;
 
+pub use calendar::civil_date;
 pub use chat::{ChatTemplate, Message};
 pub use conversation::{Conversation, RESERVED_VARIABLES};
 pub use detokenizer::Detokenizer;

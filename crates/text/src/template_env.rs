@@ -11,6 +11,7 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value, escape_formatter};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
+use crate::calendar::civil_date;
 use crate::json_dumps::{Style, dumps};
 
 /// Bytes that one unit of minijinja's fuel pays for.
@@ -214,7 +215,7 @@ fn strftime(format: &str, unix: u64) -> Result<String, Error> {
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let (days, seconds) = (unix / 86_400, unix % 86_400);
-    let (year, month, day, day_of_year) = civil(days);
+    let (year, month, day, day_of_year) = civil_date(days);
     let month_name = MONTHS.get(month as usize - 1).copied().unwrap_or_default();
     let day_name = DAYS.get((days % 7) as usize).copied().unwrap_or_default();
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
@@ -259,29 +260,6 @@ fn strftime(format: &str, unix: u64) -> Result<String, Error> {
         };
     }
     Ok(out)
-}
-
-/// Year, month, day and day of the year of a day counted from 1970-01-01.
-fn civil(days: u64) -> (u64, u64, u64, u64) {
-    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    // Whole 400-year cycles first, so that the loops below are short for any clock.
-    let mut year = 1970 + days / 146_097 * 400;
-    let mut rest = days % 146_097;
-    while rest >= 365 + u64::from(leap(year)) {
-        rest -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let day_of_year = rest + 1;
-    let february = 28 + u64::from(leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-        if rest < length {
-            break;
-        }
-        rest -= length;
-        month += 1;
-    }
-    (year, month.min(12), rest + 1, day_of_year)
 }
 
 #[cfg(test)]
