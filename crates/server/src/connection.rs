@@ -8,8 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes, HttpBody};
-use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -21,6 +20,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use crate::body::Holding;
 use crate::config::{Config, Limits};
 use crate::router::rooted;
 use crate::server::App;
@@ -141,7 +141,7 @@ async fn serve(config: &Config, stream: BoxStream, router: Router, mut closing: 
         let answer = hyper::service::Service::call(&router, request);
         async move {
             let response = answer.await?;
-            Ok::<_, std::convert::Infallible>(response.map(|body| Answered { body, _busy: busy }))
+            Ok::<_, std::convert::Infallible>(response.map(|body| Holding::new(body, busy)))
         }
     });
     let connection = http1::Builder::new()
@@ -192,38 +192,12 @@ async fn overdue(mut phase: watch::Receiver<Phase>, limits: &Limits) {
     }
 }
 
-/// While it lives, a request is being answered.
+/// While it lives, a request is being answered; its end begins the time until the next one.
 struct Busy(Arc<watch::Sender<Phase>>);
 
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.send_replace(Phase::Idle);
-    }
-}
-
-/// A body whose end begins the time until the next request.
-struct Answered {
-    body: Body,
-    _busy: Busy,
-}
-
-impl HttpBody for Answered {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

@@ -19,6 +19,7 @@
 
 mod auth;
 mod batch;
+mod body;
 mod choice;
 mod config;
 mod connection;

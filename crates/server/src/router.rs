@@ -1,25 +1,23 @@
 //! Routes, and what every request passes before it reaches one: host check, key check, request id, panic guard.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::Instant;
 
 use axum::Router;
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
-use hyper::body::{Frame, SizeHint};
-
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::auth::Admitted;
+use crate::body::Holding;
 use crate::config::Cors;
 use crate::error::ApiError;
 use crate::handlers::{chat, completions, info, tokenize};
@@ -88,32 +86,6 @@ pub(crate) struct Caller {
     /// That one, or a random one.
     pub(crate) id: String,
     pub(crate) record: Arc<Record>,
-}
-
-/// A body that keeps the record of its request open until it is sent, or its client is gone.
-struct Recorded {
-    body: Body,
-    _record: Arc<Record>,
-}
-
-impl HttpBody for Recorded {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 /// Whether `path` is a route.
@@ -208,7 +180,7 @@ async fn guard(State(app): State<Arc<App>>, mut request: Request, next: Next) ->
     if route.is_none_or(|route| route.counted) {
         app.metrics.http(path, method, status, started.elapsed());
     }
-    let mut response = response.map(|body| Body::new(Recorded { body, _record: record }));
+    let mut response = response.map(|body| Body::new(Holding::new(body, record)));
     let headers = response.headers_mut();
     if app.config.request_id_headers
         && let Ok(id) = HeaderValue::from_str(&id)
