@@ -73,8 +73,42 @@ pub(crate) struct Piece {
 }
 
 enum Parser {
-    Among(ToolCallParser),
+    /// With the number of calls that are wanted yet; others are dropped.
+    Among(ToolCallParser, usize),
     Only(ForcedCallParser),
+}
+
+impl Parser {
+    /// Takes the next piece of output, the last one if it `ended`.
+    fn push(&mut self, text: &str, ended: bool) -> Vec<CallPiece> {
+        match self {
+            Self::Only(parser) => {
+                let mut pieces = parser.push(text);
+                if ended {
+                    pieces.extend(parser.finish());
+                }
+                pieces
+            }
+            Self::Among(parser, wanted) => {
+                let mut parts = parser.push(text);
+                if ended {
+                    parts.extend(parser.finish());
+                }
+                let mut pieces = Vec::with_capacity(parts.len());
+                for piece in parts {
+                    match piece {
+                        ToolPiece::Text(text) => pieces.push(CallPiece::Text(text)),
+                        ToolPiece::Call(call) if *wanted > 0 => {
+                            *wanted -= 1;
+                            pieces.extend([CallPiece::Name(call.name), CallPiece::Arguments(call.arguments)]);
+                        }
+                        ToolPiece::Call(_) => {}
+                    }
+                }
+                pieces
+            }
+        }
+    }
 }
 
 /// One choice on its way from ids to text.
@@ -103,7 +137,10 @@ impl Choice {
             stops: StopMatcher::new(options.stop.clone()).map_err(crate::prompt::text_error)?,
             parser: match options.calls {
                 Calls::None => None,
-                Calls::Among => Some(Parser::Among(ToolCallParser::default())),
+                Calls::Among => {
+                    let wanted = if options.parallel_tool_calls { usize::MAX } else { 1 };
+                    Some(Parser::Among(ToolCallParser::default(), wanted))
+                }
                 Calls::Only => Some(Parser::Only(ForcedCallParser::default())),
             },
             options: options.clone(),
@@ -181,48 +218,21 @@ impl Choice {
     }
 
     fn tools(&mut self, mut piece: Piece) -> Piece {
+        let Some(parser) = &mut self.parser else { return piece };
         let text = std::mem::take(&mut piece.text);
-        let ended = piece.ended.is_some();
-        match &mut self.parser {
-            None => piece.text = text,
-            Some(Parser::Among(parser)) => {
-                let mut parts = parser.push(&text);
-                if ended {
-                    parts.extend(parser.finish());
+        for part in parser.push(&text, piece.ended.is_some()) {
+            match part {
+                CallPiece::Text(text) => piece.text.push_str(&text),
+                CallPiece::Name(name) => {
+                    let (index, name) = (self.calls, Some(name));
+                    piece.calls.push(CallPart { index, name, arguments: String::new() });
+                    self.calls += 1;
                 }
-                for part in parts {
-                    match part {
-                        ToolPiece::Text(text) => piece.text.push_str(&text),
-                        ToolPiece::Call(call) if self.calls == 0 || self.options.parallel_tool_calls => {
-                            let (index, name) = (self.calls, Some(call.name));
-                            piece.calls.push(CallPart { index, name, arguments: call.arguments });
-                            self.calls += 1;
-                        }
-                        // Only one call was wanted.
-                        ToolPiece::Call(_) => {}
-                    }
-                }
-            }
-            Some(Parser::Only(parser)) => {
-                let mut parts = parser.push(&text);
-                if ended {
-                    parts.extend(parser.finish());
-                }
-                for part in parts {
-                    match part {
-                        CallPiece::Text(text) => piece.text.push_str(&text),
-                        CallPiece::Name(name) => {
-                            let (index, name) = (self.calls, Some(name));
-                            piece.calls.push(CallPart { index, name, arguments: String::new() });
-                            self.calls += 1;
-                        }
-                        CallPiece::Arguments(arguments) => {
-                            let index = self.calls.saturating_sub(1);
-                            match piece.calls.last_mut() {
-                                Some(call) if call.index == index => call.arguments.push_str(&arguments),
-                                _ => piece.calls.push(CallPart { index, name: None, arguments }),
-                            }
-                        }
+                CallPiece::Arguments(arguments) => {
+                    let index = self.calls.saturating_sub(1);
+                    match piece.calls.last_mut() {
+                        Some(call) if call.index == index => call.arguments.push_str(&arguments),
+                        _ => piece.calls.push(CallPart { index, name: None, arguments }),
                     }
                 }
             }
