@@ -321,27 +321,26 @@ async fn closed_loop(address: SocketAddr, body: &Value, clients: usize, time: Du
     let request: Rc<[u8]> = request(body).into();
     let begin = Instant::now();
     let local = LocalSet::new();
-    let tasks: Vec<_> = (0..clients)
-        .map(|_| {
-            let request = Rc::clone(&request);
-            local.spawn_local(async move {
-                let mut connection = Connection::open(address).await?;
-                let mut answers = 0_u64;
-                while begin.elapsed() < time {
-                    let head = connection.send(&request).await?;
-                    connection.body(&head).await?;
-                    answers += u64::from(head.status == 200);
-                }
-                io::Result::Ok(answers)
-            })
-        })
-        .collect();
+    let tasks: Vec<_> =
+        (0..clients).map(|_| local.spawn_local(asking(address, Rc::clone(&request), begin, time))).collect();
     local.await;
     let mut answers = 0;
     for task in tasks {
         answers += task.await.map_err(io::Error::other)??;
     }
     Ok(answers as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// Sends the next request as soon as there is an answer, until `time` has passed since `begin`; the answers of 200.
+async fn asking(address: SocketAddr, request: Rc<[u8]>, begin: Instant, time: Duration) -> io::Result<u64> {
+    let mut connection = Connection::open(address).await?;
+    let mut answers = 0;
+    while begin.elapsed() < time {
+        let head = connection.send(&request).await?;
+        connection.body(&head).await?;
+        answers += u64::from(head.status == 200);
+    }
+    Ok(answers)
 }
 
 /// Clients that send the largest bodies one after the other, texts for the tokenizer, while `/health` is probed.
@@ -355,19 +354,7 @@ async fn bodies(seconds: u64) -> io::Result<Value> {
     let (begin, time) = (Instant::now(), Duration::from_secs(seconds));
     let local = LocalSet::new();
     let senders: Vec<_> = (0..CLIENTS)
-        .map(|_| {
-            let (request, address) = (Rc::clone(&request), server.address);
-            local.spawn_local(async move {
-                let mut connection = Connection::open(address).await?;
-                let mut answers = 0_u64;
-                while begin.elapsed() < time {
-                    let head = connection.send(&request).await?;
-                    connection.body(&head).await?;
-                    answers += u64::from(head.status == 200);
-                }
-                io::Result::Ok(answers)
-            })
-        })
+        .map(|_| local.spawn_local(asking(server.address, Rc::clone(&request), begin, time)))
         .collect();
     let address = server.address;
     let probes = local.spawn_local(async move {

@@ -338,10 +338,7 @@ impl StepLoop {
     fn preempted(&self, times: u64) {
         self.status.update(|snapshot| {
             snapshot.request_preemptions_sum += times;
-            let bucket = PREEMPTIONS.iter().position(|most| times <= *most).unwrap_or(PREEMPTIONS.len());
-            if let Some(count) = snapshot.request_preemptions.get_mut(bucket) {
-                *count += 1;
-            }
+            count(&mut snapshot.request_preemptions, &PREEMPTIONS, times);
         });
     }
 
@@ -353,10 +350,7 @@ impl StepLoop {
         self.status.update(|snapshot| {
             snapshot.steps += 1;
             snapshot.step_rows_sum += rows;
-            let bucket = STEP_ROWS.iter().position(|most| rows <= *most).unwrap_or(STEP_ROWS.len());
-            if let Some(count) = snapshot.step_rows.get_mut(bucket) {
-                *count += 1;
-            }
+            count(&mut snapshot.step_rows, &STEP_ROWS, rows);
         });
         if self.device.as_ref().is_none_or(|device| device.send(order).is_err()) {
             self.lose("the device's thread has ended".into(), false);
@@ -449,5 +443,12 @@ impl StepLoop {
                 accepted_per_position: now.accepted_per_position,
             });
         });
+    }
+}
+
+/// Counts `value` in its bucket: the first whose bound in `bounds` is not below it, or the last.
+fn count(buckets: &mut [u64], bounds: &[u64], value: u64) {
+    if let Some(count) = buckets.get_mut(bounds.partition_point(|bound| *bound < value)) {
+        *count += 1;
     }
 }
